@@ -1,0 +1,1 @@
+"""The project's own scripts, started by the Makefile: `sync`, `readme`, `site`."""

@@ -30,7 +30,7 @@ class Corpus:
     steps_per_epoch: int | None = None
     eval_steps: int | None = None
 
-# %% ../nbs/11_corpus.ipynb #3ad8dbe2
+# %% ../nbs/11_corpus.ipynb #4cd73043
 def _walk(folder: Path, without: Collection[str] = ()) -> list[Path]:
     found, todo = [], [folder]
     while todo:
@@ -53,7 +53,10 @@ def _glob(pattern: str) -> list[Path]:
     if rest[-1] == "**":
         rest.append("*")
     hidden = any(part.startswith(".") for part in rest)
-    found = {path for path in root.glob("/".join(rest)) if path.is_file()}
+    try:
+        found = {path for path in root.glob("/".join(rest)) if path.is_file()}
+    except ValueError as error:  # "a**b", which some versions of Python refuse
+        raise DataError(f"data={pattern[:200]!r} is no pattern: {error}") from error
     shown = [p for p in found if hidden or not any(part.startswith(".") for part in p.relative_to(root).parts)]
     return sorted(shown, key=lambda path: path.as_posix())
 
@@ -111,20 +114,21 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
 
-# %% ../nbs/11_corpus.ipynb #ce61eff8
+# %% ../nbs/11_corpus.ipynb #4c86b15d
 @register("datasets", "stdlib")
 def stdlib() -> Corpus:
     "The source files of the running Python's standard library. Raises `DataError` where Python came without them."
     root = Path(sysconfig.get_path("stdlib"))
     without = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-    texts = [_text(path) for path in _walk(root, without) if path.suffix == ".py"]
+    paths = _walk(root, without) if root.is_dir() else []
+    texts = [_text(path) for path in paths if path.suffix == ".py"]
     documents = [text for text in texts if text is not None]
     if not documents:
         raise DataError(f"there are no source files under {root}: this Python came without its library's source. "
                         "Give data=PATH with text of your own.")
     return Corpus("stdlib", documents, steps_per_epoch=100, eval_steps=20)
 
-# %% ../nbs/11_corpus.ipynb #da6de167
+# %% ../nbs/11_corpus.ipynb #0518faa5
 def _no_such_path(where: str) -> DataError:
     path = Path(where)
     while not os.path.isdir(path.parent):
@@ -138,7 +142,7 @@ def _no_such_path(where: str) -> DataError:
     return DataError(f"data={where[:200]!r} is no file or folder, and no registered data set: {hint}"
                      f"Registered are {', '.join(names('datasets'))}.")
 
-
+# %% ../nbs/11_corpus.ipynb #491d9991
 def read_corpus(
     where: str,  # a file, a folder, a pattern (`**` for any depth), or a file of JSON lines
     text_field: str = "text",  # JSON lines: the field that holds the text

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .seeding import key, permuted, seed_everything
 
-# %% ../nbs/10_data.ipynb #aa8c18cf
+# %% ../nbs/10_data.ipynb #60f7576d
 class DataError(ValueError):
     "Data that cannot be trained on; says which and how to mend it."
 
@@ -39,7 +39,7 @@ class TensorSamples:
 
     def gather(self, indices: torch.Tensor) -> Any:
         "The rows at `indices` (int64, shape [B]): a tuple of tensors, or the tensor where there is one."
-        rows = tuple(t.index_select(0, indices) for t in self.tensors)
+        rows = tuple(t.index_select(0, indices if t.device == indices.device else indices.to(t.device)) for t in self.tensors)
         return rows if len(rows) > 1 else rows[0]
 
     @property
@@ -110,7 +110,7 @@ class Order:
             for i in range(0, len(samples), self.batch_size):
                 yield passes[i:i + self.batch_size], samples[i:i + self.batch_size]
 
-# %% ../nbs/10_data.ipynb #fc44f6a6
+# %% ../nbs/10_data.ipynb #1d36c157
 class Batches(Protocol):
     "Anything that answers: the batches of an epoch, from a step on."
 
@@ -123,6 +123,10 @@ class Batches(Protocol):
         "(batch, number of its samples, whether it is the epoch's last) for each step from `start_step`; epochs count from 1."
         ...
 
+    def close(self) -> None:
+        "End what works for it in the background."
+        ...
+
 
 class GatheredBatches:
     "Batches of samples that have `gather`."
@@ -133,6 +137,9 @@ class GatheredBatches:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Any, int, bool]]:
         for step, (_, indices) in enumerate(self.order.steps(epoch, start_step), start_step + 1):
             yield self.samples.gather(torch.from_numpy(indices)), len(indices), step == self.steps_per_epoch
+
+    def close(self) -> None:
+        "Nothing works for it in the background."
 
 # %% ../nbs/10_data.ipynb #8f4ef5d8
 class _Keyed(Dataset):
@@ -161,13 +168,13 @@ def _start_worker(seed: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seed_everything(key(seed, "worker"))  # the same in every worker, so that their number does not matter
 
-# %% ../nbs/10_data.ipynb #b0714918
+# %% ../nbs/10_data.ipynb #0cab902b
 class DatasetBatches:
     "Batches of a map-style dataset, loaded here (`num_workers=0`) or by workers, collated as `DataLoader` does."
 
     def __init__(self, dataset: Any, order: Order, num_workers: int = 0, pin_memory: bool = False):
         self.places, self.order, self.steps_per_epoch = _Places(order), order, order.steps_per_epoch
-        self.loader = DataLoader(_Keyed(dataset, order.seed), batch_sampler=self.places,  # pyright: ignore[reportArgumentType]
+        self.loader: Any = DataLoader(_Keyed(dataset, order.seed), batch_sampler=self.places,  # pyright: ignore[reportArgumentType]
                                  num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
                                  worker_init_fn=functools.partial(_start_worker, order.seed), generator=torch.Generator(),
                                  collate_fn=getattr(dataset, "collate_fn", None))
@@ -180,7 +187,11 @@ class DatasetBatches:
         for step, batch in enumerate(self.loader, start_step + 1):
             yield batch, last if step == self.steps_per_epoch else self.order.batch_size, step == self.steps_per_epoch
 
-# %% ../nbs/10_data.ipynb #b8cdd6f9
+    def close(self) -> None:
+        "End the workers; without it they would live until the garbage collector comes by."
+        self.loader = ()
+
+# %% ../nbs/10_data.ipynb #6bc58977
 def batch_length(batch: Any) -> int:
     "The number of samples in a batch: the length of the first tensor or array found in it."
     if isinstance(batch, (torch.Tensor, np.ndarray)):
@@ -194,11 +205,10 @@ class IterableBatches:
     "Batches that an iterable yields ready-made."
 
     def __init__(self, iterable: Iterable, seed: int, steps_per_epoch: int | None = None):
-        if iter(iterable) is iterable:
+        if isinstance(iterable, Iterator):
             raise DataError(f"{type(iterable).__name__} can be iterated only once, so it cannot be resumed or used for a second epoch: "
                             "give an object whose __iter__ starts anew (a list, a DataLoader, a class)")
-        length = len(iterable) if hasattr(iterable, "__len__") else None  # pyright: ignore[reportArgumentType]
-        self.iterable, self.seed, self.steps_per_epoch = iterable, seed, steps_per_epoch or length
+        self.iterable, self.seed, self.steps_per_epoch = iterable, seed, steps_per_epoch or _length(iterable)
 
     def _fetch(self, epoch: int) -> Iterator[Any]:
         step = 0
@@ -228,6 +238,16 @@ class IterableBatches:
             following = next(batches, nothing)
             yield batch, batch_length(batch), following is nothing
             batch = following
+
+    def close(self) -> None:
+        "The iterable is the caller's."
+
+
+def _length(iterable: Any) -> int | None:
+    try:
+        return len(iterable)
+    except TypeError:  # none, or a DataLoader over something that has none
+        return None
 
 # %% ../nbs/10_data.ipynb #179b3549
 def make_batches(samples: Any, batch_size: int, seed: int, steps_per_epoch: int | None = None, *, shuffle: bool = True,

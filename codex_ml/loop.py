@@ -54,7 +54,7 @@ class Callbacks:
         self.errors.append({"callback": name, "event": event, "epoch": state.epoch + 1, "global_step": state.global_step,
                             "error": f"{type(error).__name__}: {error}"})
 
-# %% ../nbs/43_loop.ipynb #021f3e9a
+# %% ../nbs/43_loop.ipynb #059ed40b
 class Telemetry(Protocol):
     "Where metrics go; it never raises."
     def log(self, step: int, split: str, metrics: Mapping[str, Any]) -> None: ...
@@ -92,6 +92,12 @@ class Run:
     asked_to_stop: Callable[[], bool] = lambda: False
     pending: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # losses of steps, still on the device
     history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each epoch
+
+    def close(self) -> None:
+        "End the loader workers."
+        for batches in (self.batches, self.eval_batches):
+            if batches is not None:
+                batches.close()
 
 # %% ../nbs/43_loop.ipynb #ea1eb214
 def train_step(run: Run, batch: Any, n: int, last: bool) -> None:

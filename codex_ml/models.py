@@ -105,7 +105,7 @@ def tiny(vocab_size: int | None = None, block_size: int | None = None, in_featur
     raise ModelError("'tiny' needs vocab_size and block_size, or in_features and out_features: "
                      "these data give neither pair, so set model_args, or pass a model of your own.")
 
-# %% ../nbs/13_models.ipynb #a2f8d967
+# %% ../nbs/13_models.ipynb #24751012
 def build_model(
     model: str | Callable[..., nn.Module] | nn.Module,  # a registered name, a builder, or the module itself
     spec: dict[str, Any],  # what the data know: vocab_size and block_size, or in_features and out_features
@@ -134,7 +134,7 @@ def build_model(
         raise ModelError(f"{name} returned {type(built).__name__}, which is not an nn.Module.")
     return built
 
-
+# %% ../nbs/13_models.ipynb #a531f578
 def _build(builder: Callable[..., Any], given: dict[str, Any], name: str) -> Any:
     try:
         return builder(**given)

@@ -15,14 +15,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .registry import ArgumentError, get, parameters_of, register
 
-# %% ../nbs/15_optimizers.ipynb #106c5e1b
-class OptimizerError(ValueError):
-    "An optimizer cannot be built from these arguments, or does not belong to this model."
-
-
+# %% ../nbs/15_optimizers.ipynb #e432cb8f
 register("optimizers", "adamw", AdamW)
 register("optimizers", "adam", Adam)
 register("optimizers", "sgd", SGD)
+
+
+class OptimizerError(ValueError):
+    "An optimizer cannot be built from these arguments, or does not belong to this model."
 
 # %% ../nbs/15_optimizers.ipynb #3000d5aa
 def _fused(optimizer: Any, model: nn.Module, parameters: list[nn.Parameter], args: dict[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def _group(name: str, prefix: str, value: Any) -> dict[str, Any]:
 def _members(prefix: str) -> list[str]:
     return [key[len(prefix) + 1:] for key in KEYS if key.startswith(prefix + ".")]
 
-# %% ../nbs/05_settings.ipynb #73eb030e
+# %% ../nbs/05_settings.ipynb #a98f0556
 @dataclass(frozen=True)
 class Settings:
     "A checked configuration, where each of its values came from, and what is worth a remark."
@@ -157,7 +157,7 @@ def resolve(config: TrainConfig | None = None, *, run_config: Mapping[str, Any] 
     result, origins = TrainConfig(), dict.fromkeys(KEYS, "default")
     for origin, values in layers:
         for key, value in values.items():
-            set_key(result, key, copy.deepcopy(value))
+            set_key(result, key, os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value))
             origins[key if key in KEYS else key.partition(".")[0]] = origin
     check(result, origins)
     return Settings(result, origins, tuple(notes))

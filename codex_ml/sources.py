@@ -24,12 +24,12 @@ from .data import DataError, TensorSamples, TokenWindows
 from .registry import get, names
 from .tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
-# %% ../nbs/12_sources.ipynb #6e669fb9
+# %% ../nbs/12_sources.ipynb #b3231d02
 def _windows(documents: list[str], tokenizer: Tokenizer, block_size: int, what: str, fix: str) -> TokenWindows:
     ended = [document + "\n" for document in documents[:-1]] + documents[-1:]
     tokens = np.concatenate(tokenizer.encode_many(ended))
     if len(tokens) <= block_size:
-        raise DataError(f"{what} has {len(tokens)} tokens, and a sample takes block_size + 1 = {block_size + 1}: {fix}.")
+        raise DataError(f"{what} has {len(tokens)} tokens, a sample takes block_size + 1 = {block_size + 1}: {fix}.")
     return TokenWindows(torch.from_numpy(tokens), block_size, tokenizer.vocab_size)
 
 # %% ../nbs/12_sources.ipynb #0792dac1
@@ -39,7 +39,7 @@ def unigram_perplexity(train: TokenWindows, valid: TokenWindows) -> float:
     seen = np.bincount(valid.tokens.numpy(), minlength=train.vocab_size)
     return float(np.exp(-(seen * np.log(counts / counts.sum())).sum() / seen.sum()))
 
-# %% ../nbs/12_sources.ipynb #6e63b9cb
+# %% ../nbs/12_sources.ipynb #c3630868
 def _tensor(part: Tensor | np.ndarray) -> Tensor:
     "numpy makes everything float64 where it is not told otherwise, and models are float32: such an array is converted."
     if isinstance(part, np.ndarray):
@@ -56,12 +56,14 @@ def _tensor(part: Tensor | np.ndarray) -> Tensor:
         raise DataError(f"the data are empty: a tensor or array has the shape {tuple(part.shape)}.")
     return part.detach()
 
-
+# %% ../nbs/12_sources.ipynb #1aa91e98
 def _refusal(data: Any) -> str | None:
     "Why this cannot be trained on, and the fix; None where it can."
     kind = type(data).__name__
+    if isinstance(data, type):
+        return f"{data.__name__} is a class: call it, data={data.__name__}(...)."
     if isinstance(data, IterableDataset):
-        return f"{kind} is an IterableDataset and yields samples: wrap it, data=DataLoader({kind}(...), batch_size=...)."
+        return f"{kind} is an IterableDataset, it yields samples: wrap it, DataLoader({kind}(...), batch_size=...)."
     if isinstance(data, Iterator):
         return (f"a {kind} can be read only once, so there could be no second epoch and no resume: "
                 "give a list, a DataLoader, or an object whose __iter__ starts anew.")
@@ -71,16 +73,27 @@ def _refusal(data: Any) -> str | None:
         if not data:
             return "the data are empty."
         ranks = [part.ndim if isinstance(part, (Tensor, np.ndarray)) else None for part in data]
+        if isinstance(data, tuple) and set(ranks) != {None}:
+            return "some parts of the tuple are tensors or arrays, others are not: make all of them tensors or arrays."
         if len(data) == 2 and None not in ranks and ranks[0] != ranks[1]:
             return "a list is a list of batches, and these two look like inputs and targets: give a tuple (x, y)."
-    elif hasattr(data, "__getitem__") and not hasattr(data, "__len__"):
-        return f"{kind} has no __len__, so nobody can tell how many samples there are: give it one."
-    elif not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
+    elif hasattr(data, "gather") or hasattr(data, "__getitem__"):
+        if _length(data) is None:
+            return f"{kind} does not say by __len__ how many samples it has: give it that method."
+    elif not hasattr(data, "__iter__"):
         return (f"{data!r:.100} is no data: give a tuple of tensors or arrays, a Dataset, an iterable of batches, "
                 "a path, or a registered name.")
     return None
 
-# %% ../nbs/12_sources.ipynb #0707ad4a
+# %% ../nbs/12_sources.ipynb #05d8a725
+def _length(data: Any) -> int | None:
+    "None where there is none; a `DataLoader` has `__len__` and yet none where its dataset has none."
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _samples(data: Any) -> Any:
     if isinstance(data, (Tensor, np.ndarray)):
         data = (data,)
@@ -92,7 +105,7 @@ def _samples(data: Any) -> Any:
         raise DataError(reason)
     return data
 
-# %% ../nbs/12_sources.ipynb #7e269d68
+# %% ../nbs/12_sources.ipynb #dc3e3a48
 def _fingerprint(samples: Any) -> str:
     if isinstance(samples, TokenWindows):
         tensors, layout = (samples.tokens,), samples.spec
@@ -103,10 +116,11 @@ def _fingerprint(samples: Any) -> str:
         if own is not None:
             return str(own() if callable(own) else own)
         kind = f"{type(samples).__module__}.{type(samples).__qualname__}"
-        return f"unknown:{kind}:{len(samples)}" if hasattr(samples, "__len__") else f"unknown:{kind}"
+        length = _length(samples)
+        return f"unknown:{kind}" if length is None else f"unknown:{kind}:{length}"
     digest = hashlib.sha256(json.dumps([layout, [[str(t.dtype), list(t.shape)] for t in tensors]]).encode())
     for tensor in tensors:
-        digest.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 # %% ../nbs/12_sources.ipynb #17213f7d

@@ -94,7 +94,7 @@ def _library() -> Any:
         ) from error
     return tokenizers
 
-# %% ../nbs/11_tokenizers.ipynb #b1ffb0d8
+# %% ../nbs/11_tokenizers.ipynb #ff146523
 @register("tokenizers", "bpe")
 class BPETokenizer:
     "Byte pairs learned from a corpus (Sennrich et al., arXiv:1508.07909; over bytes as in GPT-2)."
@@ -140,11 +140,11 @@ class BPETokenizer:
             text.encode()  # the library's own complaint about half a surrogate pair does not say what is wrong
             pieces += _pieces(text)
             ends.append(len(pieces))
-        ids = [np.array(e.ids, self.dtype) for e in self.model.encode_batch_fast(pieces, add_special_tokens=False)]
+        ids = [np.array(e.ids, self.dtype) for e in self.model.encode_batch_fast(pieces)]
         return [np.concatenate(ids[start:end]) for start, end in pairwise([0, *ends])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.model.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.model.decode([int(i) for i in ids])
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "model": json.loads(self.model.to_str())}

@@ -27,6 +27,11 @@ def test_attention_is_causal_at_every_position():
         assert same[:t].all() and not same[t]
 
 
+def test_a_token_means_something_else_at_every_position():
+    logits = GPT(11, 9, dim=16, layers=1, heads=1)(torch.zeros(1, 9, dtype=torch.long))[0]
+    assert len({tuple(row.tolist()) for row in logits}) == 9
+
+
 def test_residual_projections_start_smaller_and_the_vocabulary_is_stored_once():
     set_seed(1)
     model = GPT(256, 64, dim=128, layers=8, heads=4)

@@ -20,6 +20,11 @@ def test_linear(t, total, final, factor):
     assert lr_factor(t, total, SchedulerConfig(type="linear", final_lr_scale=final)) == pytest.approx(factor, abs=1e-7)
 
 
+def test_the_shape_has_what_the_warm_up_leaves_of_the_run():
+    config = SchedulerConfig(type="linear", final_lr_scale=0.2, warmup=4)
+    assert [lr_factor(t, 12, config) for t in (3, 4, 8, 12)] == pytest.approx([0.8, 1.0, 0.6, 0.2], abs=1e-12)
+
+
 def test_step_and_cosine():
     stairs = SchedulerConfig(type="step", step_size=2, gamma=0.1)
     assert [lr_factor(t, 6, stairs) for t in range(6)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], abs=1e-12)

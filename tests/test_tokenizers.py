@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from codex_ml import tokenizers
 from codex_ml.tokenizers import BPETokenizer, ByteTokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
-CORPUS = [open(tokenizers.__file__, encoding="utf-8").read(), open(os.__file__, encoding="utf-8").read()]
+CORPUS = [Path(module.__file__).read_text(encoding="utf-8") for module in (tokenizers, os)]
 BPE = BPETokenizer.train(CORPUS, 600)
 TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from("ab1 \n\t\r'(\u00a0\u2028\x1c"))
 
@@ -47,8 +48,9 @@ def test_a_long_text_has_the_tokens_of_its_whole_and_many_are_like_one():
 
 @pytest.mark.parametrize("parallel", ["true", "false", None])
 def test_training_gives_one_vocabulary_in_every_process(parallel):
-    code = ("import os, codex_ml.tokenizers as t; texts = [open(f.__file__, encoding='utf-8').read() for f in (t, os)]\n"
-            "import json; print(json.dumps(t.BPETokenizer.train(texts, 600).to_json()))")
+    code = ("import json, os, pathlib, codex_ml.tokenizers as t\n"
+            "texts = [pathlib.Path(m.__file__).read_text(encoding='utf-8') for m in (t, os)]\n"
+            "print(json.dumps(t.BPETokenizer.train(texts, 600).to_json()))")
     env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"} | {"PYTHONHASHSEED": "random"}
     env |= {"TOKENIZERS_PARALLELISM": parallel} if parallel else {}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,7 @@
+from contextlib import contextmanager
+class S:
+    errors={}
+    def log(self,*a,**k): pass
+    def flush(self): pass
+@contextmanager
+def open_sinks(c,f,r): yield S()

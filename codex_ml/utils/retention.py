@@ -1,0 +1,1 @@
+def prune_checkpoints(*a,**k): return {}

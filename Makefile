@@ -27,7 +27,9 @@ test: $(VENV)/dev.stamp ## set up, and run every check: files in step, notebooks
 	@$(MAKE) --no-print-directory sync-check readme-check lint types nbtest pytest
 
 lab: $(VENV)/dev.stamp ## open JupyterLab on nbs/; LAB_ARGS="--no-browser --port 8899"
-	@$(PY) -m jupyterlab --notebook-dir=nbs $$([ "$$(id -u)" = 0 ] && echo --allow-root) $(LAB_ARGS)
+	@# saves notebooks as nbdev-clean would leave them; tools/lab keeps JupyterLab from asking the network for news
+	@cd nbs && ../$(PY) -m jupyterlab $$([ "$$(id -u)" = 0 ] && echo --allow-root) \
+	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter --LabApp.app_settings_dir="$(CURDIR)/tools/lab" $(LAB_ARGS)
 
 docs: $(VENV)/dev.stamp ## build the site from the notebooks into _docs/
 	@$(PY) -m tools.site
@@ -62,7 +64,7 @@ types: $(VENV)/dev.stamp
 	@PYRIGHT_PYTHON_GLOBAL_NODE=0 $(PY) -m pyright --pythonpath $(PY)
 
 nbtest: $(VENV)/dev.stamp
-	@$(VENV)/bin/nbdev-test --n_workers $(JOBS) $(ARGS)
+	@$(VENV)/bin/nbdev-test --n-workers $(JOBS) $(ARGS)
 
 pytest: $(VENV)/dev.stamp
 	@$(PY) -m pytest -n $(JOBS) $(ARGS)

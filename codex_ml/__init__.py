@@ -10,17 +10,53 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _PUBLIC = {
-    "set_seed": "codex_ml.seeding",
-    "set_cudnn_deterministic": "codex_ml.utils.determinism",
+    "list_checkpoints": "codex_ml.checkpoint",
+    "load_checkpoint": "codex_ml.checkpoint",
+    "verify_checkpoint": "codex_ml.checkpoint",
+    "CheckpointConfig": "codex_ml.config",
+    "ReproducibilityConfig": "codex_ml.config",
+    "RetentionConfig": "codex_ml.config",
+    "SchedulerConfig": "codex_ml.config",
+    "TrainConfig": "codex_ml.config",
+    "build_model": "codex_ml.models",
+    "generate": "codex_ml.models",
     "register": "codex_ml.registry",
+    "TrainingResult": "codex_ml.result",
+    "set_seed": "codex_ml.seeding",
+    "run_training": "codex_ml.train_loop",
+    "set_cudnn_deterministic": "codex_ml.utils.determinism",
+    "prune_checkpoints": "codex_ml.utils.retention",
 }
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from codex_ml.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
+    from codex_ml.config import CheckpointConfig, ReproducibilityConfig, RetentionConfig, SchedulerConfig, TrainConfig
+    from codex_ml.models import build_model, generate
     from codex_ml.registry import register
+    from codex_ml.result import TrainingResult
     from codex_ml.seeding import set_seed
+    from codex_ml.train_loop import run_training
     from codex_ml.utils.determinism import set_cudnn_deterministic
+    from codex_ml.utils.retention import prune_checkpoints
 
-__all__ = ["register", "set_cudnn_deterministic", "set_seed"]
+__all__ = [
+    "CheckpointConfig",
+    "ReproducibilityConfig",
+    "RetentionConfig",
+    "SchedulerConfig",
+    "TrainConfig",
+    "TrainingResult",
+    "build_model",
+    "generate",
+    "list_checkpoints",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "register",
+    "run_training",
+    "set_cudnn_deterministic",
+    "set_seed",
+    "verify_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

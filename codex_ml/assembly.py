@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Parts', 'choose_device', 'open_run_data', 'assemble', 'identity_of']
 
-# %% ../nbs/44_assembly.ipynb #48f2ae22
+# %% ../nbs/44_assembly.ipynb #323cdf10
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def open_run_data(config: TrainConfig, parts: Parts) -> Data:
                      vocab_size=config.vocab_size, block_size=config.block_size, text_field=config.text_field,
                      eval_fraction=config.eval_fraction, saved_tokenizer=saved)
 
-# %% ../nbs/44_assembly.ipynb #c10dd01d
+# %% ../nbs/44_assembly.ipynb #ac51f7e0
 def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
     "A run at its first step."
     device, seed = choose_device(config.device), resolve_seed(config.seed)
@@ -77,10 +78,10 @@ def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
     pin = device.type == "cuda"
     batches = make_batches(data.train, config.batch_size, seed, config.steps_per_epoch or data.steps_per_epoch,
                            num_workers=config.num_workers, pin_memory=pin)
-    held_out = None if data.valid is None else make_batches(data.valid, config.batch_size, seed, shuffle=False,
+    held_out = None if data.valid is None else make_batches(data.valid, config.batch_size, key(seed, "validation"), shuffle=False,
                                                             num_workers=config.num_workers, pin_memory=pin)
     spec = getattr(data.train, "spec", {})
-    seed_everything(key(seed, "model"))
+    seed_everything(key(seed, "model"), device)
     model = build_model(config.model_name if parts.model is None else parts.model, spec, config.model_args).to(device)
     optimizer = build_optimizer(config.optimizer if parts.optimizer is None else parts.optimizer, model,
                                 learning_rate=config.learning_rate, weight_decay=config.weight_decay, args=config.optimizer_args)
@@ -100,4 +101,4 @@ def identity_of(config: TrainConfig, parts: Parts, data: Data, run: Run, threads
         identity["model_name"] = None  # an object, which is known by the names and shapes of its weights
     if parts.optimizer is not None:
         identity["optimizer"] = type(run.state.optimizer).__name__
-    return identity
+    return json.loads(json.dumps(identity, default=str))  # as it will be read back: a tuple is a list there

@@ -23,7 +23,7 @@ from .train_state import TrainState, apply_lrs, current_lrs
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/43_loop.ipynb #e96f1101
+# %% ../nbs/43_loop.ipynb #c80f58f6
 EVENTS = ("on_train_start", "on_epoch_start", "on_step_end", "on_epoch_end", "on_train_end")
 
 
@@ -50,7 +50,8 @@ class Callbacks:
 
     def _record(self, name: str, event: str, state: TrainState, error: Exception) -> None:
         if not any((e["callback"], e["event"]) == (name, event) for e in self.errors):
-            log.warning("the callback %s raised in %s: %s: %s (told once; all are in callback_errors)", name, event, type(error).__name__, error)
+            log.warning("the callback %s raised in %s: %s: %s (told once; all are in callback_errors)",
+                        name, event, type(error).__name__, error)
         self.errors.append({"callback": name, "event": event, "epoch": state.epoch + 1, "global_step": state.global_step,
                             "error": f"{type(error).__name__}: {error}"})
 

@@ -26,7 +26,7 @@ from .utils.retention import prune_checkpoints
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/45_resume.ipynb #2a3d0fc0
+# %% ../nbs/45_resume.ipynb #54e51be4
 @dataclass
 class Origin:
     "Where a run goes on from, and what was found on the way."
@@ -39,10 +39,10 @@ class Origin:
     @property
     def meta(self) -> dict[str, Any]:
         "`resume_meta` of a result: the same keys whatever happened."
+        name, sha256 = (self.checkpoint.name, self.checkpoint.sha256) if self.checkpoint else (None, None)
         loaded = self.checkpoint is not None
-        return {"previous_checkpoint_sha256": self.checkpoint.sha256 if self.checkpoint else None, "model_state_loaded": loaded,
-                "optimizer_state_loaded": loaded, "scheduler_state_loaded": loaded, "checkpoint": self.checkpoint.name if self.checkpoint else None,
-                "problems": self.problems, "drift": self.drift, "environment": self.environment, "moved_aside": self.moved_aside}
+        return {"previous_checkpoint_sha256": sha256, "model_state_loaded": loaded, "optimizer_state_loaded": loaded,
+                "scheduler_state_loaded": loaded, "checkpoint": name, "problems": self.problems, "drift": self.drift, "environment": self.environment, "moved_aside": self.moved_aside}
 
 
 def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[str, Any], surroundings: Mapping[str, Any]) -> Origin:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunFolder']
 
-# %% ../nbs/24_run_folder.ipynb #79623a15
+# %% ../nbs/24_run_folder.ipynb #152bc076
 import errno
 import json
 import shutil
@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, save_checkpoint, utc_now,
+from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, save_checkpoint,
                                  write_pointer)
-from .durable import CorruptFile, FolderLock, StorageError, read_json, sweep, write_atomic, write_json
+from .durable import CorruptFile, FolderLock, StorageError, read_json, sweep, write_atomic
 
-# %% ../nbs/24_run_folder.ipynb #a8c47619
+# %% ../nbs/24_run_folder.ipynb #b19ffc2c
 _OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "tokenizer.json", ".codex")
 
 
@@ -83,7 +83,8 @@ class RunFolder:
             number = 1 + sum(1 for _ in self.path.glob("config.snapshot.*.json"))
             target.rename(self.path/f"config.snapshot.{number:04d}.json")
         write_atomic(target, text)
-        write_json(self.path/"config.resolved.json", {"schema_version": "v1", "run_id": self.run_id, **resolved})
+        facts = {"schema_version": "v1", "run_id": self.run_id, **resolved}
+        write_atomic(self.path/"config.resolved.json", json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
 
     def save(self, name: str, state: Any, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> Checkpoint:
         "Make the checkpoint durable, then point to it, then drop the mid-epoch checkpoints that it replaces."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'train', 'run_training']
 
-# %% ../nbs/46_train_loop.ipynb #e3cba79b
+# %% ../nbs/46_train_loop.ipynb #190314a3
 import inspect
 import logging
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .assembly import Parts, assemble, identity_of, open_run_data
+from .assembly import Parts, assemble, choose_device, identity_of, open_run_data
 from .config import KEYS, TrainConfig, default_of, flatten
 from .sources import Data
 from .durable import CorruptFile, read_json, write_json
@@ -36,15 +36,17 @@ from .utils.determinism import determinism_level, restore_flags, set_cudnn_deter
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/46_train_loop.ipynb #4521121c
+# %% ../nbs/46_train_loop.ipynb #d7f04776
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     "Global state that a run sets, put back as it was."
-    with preserve_rng(), ExitStack() as stack:
+    with strict_mode(config.reproducibility.strict), ExitStack() as stack:  # strict mode has to come before CUDA starts
+        if choose_device(config.device).type == "cuda":
+            torch.cuda.init()
+        stack.enter_context(preserve_rng())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if config.reproducibility.cudnn_deterministic:
             stack.callback(restore_flags, set_cudnn_deterministic(True))
-        stack.enter_context(strict_mode(config.reproducibility.strict))
         yield
 
 

@@ -1,7 +1,8 @@
 """Real runs for the tests, each in a process of its own.
 
-`Zygote` is a process that has imported everything and trained nothing; it forks a child for each job, so that a run starts in a few milliseconds and in a clean state: no thread pool, no draw, no cache
-from another run. A job is a dict of keywords of `train`; its answer is the result of `run_training`, or the error.
+`Zygote` is a process that has imported everything and trained nothing; it forks a child for each job, so that a run
+starts in a few milliseconds and in a clean state: no thread pool, no draw, no cache from another run. A job is a dict
+of keywords of `train`; its answer is the result of `run_training`, or the error.
 """
 
 import contextlib
@@ -128,7 +129,7 @@ def serve() -> None:
         killed = kill_after is not None and kill(pid, kill_after)
         with os.fdopen(source) as answers:
             text = answers.read()
-        if not killed:
+        if kill_after is None:
             os.waitpid(pid, 0)
         print(json.dumps({"killed": True}) if killed else text or json.dumps({"error": "the child died"}), flush=True)
 

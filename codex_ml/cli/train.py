@@ -22,7 +22,7 @@ def usage() -> str:
         lines.append(f"  {key:38} {type_name(hint)}; {'null' if default is None else default}")
     return "\n".join(lines)
 
-# %% ../../nbs/90_cli_train.ipynb #ff195dac
+# %% ../../nbs/90_cli_train.ipynb #c42ca5fe
 def report(result: Any) -> str:
     "A result for the terminal: losses, validation beside a unigram model, a sample of text, the folder, the hash."
     rows, losses = [], result["loss_history"]
@@ -30,7 +30,8 @@ def report(result: Any) -> str:
         rows.append(("loss", f"{losses[0]:.4f} in epoch 1, {losses[-1]:.4f} in epoch {len(losses)}"))
     rows += _validation(result)
     if result["checkpoint_last"]:
-        rows += [("run", f"{result['checkpoint_dir']}/{result['checkpoint_last']}"), ("checkpoint_sha256", result["checkpoint_sha256_last"])]
+        rows += [("run", f"{result['checkpoint_dir']}/{result['checkpoint_last']}"),
+                 ("checkpoint_sha256", result["checkpoint_sha256_last"])]
     text = "\n".join(f"{name:18} {value}" for name, value in rows)
     return _sample(result) + text if result["status"] == "completed" else text
 

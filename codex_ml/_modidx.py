@@ -401,7 +401,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'codex_ml.utils.determinism.strict_mode': ( 'determinism.html#strict_mode',
                                                                                         'codex_ml/utils/determinism.py')},
             'codex_ml.utils.retention': { 'codex_ml.utils.retention._checked': ('retention.html#_checked', 'codex_ml/utils/retention.py'),
-                                          'codex_ml.utils.retention._newest': ('retention.html#_newest', 'codex_ml/utils/retention.py'),
                                           'codex_ml.utils.retention._removed': ('retention.html#_removed', 'codex_ml/utils/retention.py'),
                                           'codex_ml.utils.retention._verifies': ('retention.html#_verifies', 'codex_ml/utils/retention.py'),
                                           'codex_ml.utils.retention.plan_retention': ( 'retention.html#plan_retention',

@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'canonical', 'serialize', 'deserialize', 'Checkpoi
            'save_checkpoint', 'move_aside', 'write_pointer', 'read_pointer', 'verify_checkpoint', 'load_checkpoint',
            'newest_verified', 'drop_older_steps']
 
-# %% ../nbs/21_checkpoint.ipynb #a4db9847
+# %% ../nbs/21_checkpoint.ipynb #cf9c2d45
 import os
 import re
 import shutil
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, temporary, verified_copy,
-                              write_file, write_json)
+from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, temporary,
+                              verified_copy, write_file, write_json)
 
 # %% ../nbs/21_checkpoint.ipynb #6dbb1ff9
 class CheckpointError(RuntimeError):

@@ -205,7 +205,7 @@ def _after_step(run: Run, epoch: int, last: bool) -> None:
     if run.save_every and state.global_step % run.save_every == 0 and not last:
         save_place(run)
 
-# %% ../nbs/43_loop.ipynb #1a29af1a
+# %% ../nbs/43_loop.ipynb #e9c190a0
 def finish_epoch(run: Run) -> bool:
     "Validate, let callbacks see the metrics, count the epoch and save it. False where it was asked to stop before that."
     state, epoch = run.state, run.state.epoch + 1
@@ -219,6 +219,7 @@ def finish_epoch(run: Run) -> bool:
         return False
     for returned in run.callbacks("on_epoch_end", state, epoch, metrics):
         metrics |= returned if isinstance(returned, Mapping) else {}
+    metrics = {name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in metrics.items()}  # 0-d tensors
     state.metrics = metrics
     state.loss_history.append(state.avg_loss)
     state.epoch, state.step = epoch, 0

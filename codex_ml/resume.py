@@ -26,7 +26,7 @@ from .utils.retention import prune_checkpoints
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/45_resume.ipynb #54e51be4
+# %% ../nbs/45_resume.ipynb #ef5e77c4
 @dataclass
 class Origin:
     "Where a run goes on from, and what was found on the way."
@@ -42,7 +42,8 @@ class Origin:
         name, sha256 = (self.checkpoint.name, self.checkpoint.sha256) if self.checkpoint else (None, None)
         loaded = self.checkpoint is not None
         return {"previous_checkpoint_sha256": sha256, "model_state_loaded": loaded, "optimizer_state_loaded": loaded,
-                "scheduler_state_loaded": loaded, "checkpoint": name, "problems": self.problems, "drift": self.drift, "environment": self.environment, "moved_aside": self.moved_aside}
+                "scheduler_state_loaded": loaded, "checkpoint": name, "problems": self.problems, "drift": self.drift,
+                "environment": self.environment, "moved_aside": self.moved_aside}
 
 
 def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[str, Any], surroundings: Mapping[str, Any]) -> Origin:

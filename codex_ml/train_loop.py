@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'train', 'run_training']
 
-# %% ../nbs/46_train_loop.ipynb #190314a3
+# %% ../nbs/46_train_loop.ipynb #ecc99e16
 import inspect
 import logging
 import os
@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch

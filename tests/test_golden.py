@@ -17,8 +17,8 @@ import pytest
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CAPPED = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"}
-WORDS = "model_name=tiny model_args.dropout=0.1 block_size=32 batch_size=8 epochs=3 steps_per_epoch=10 grad_accum=3 grad_clip=0.5 threads=1 " \
-        "learning_rate=0.003 scheduler.type=cosine scheduler.warmup=3 scheduler.interval=step progress=off device=cpu"
+WORDS = "model_name=tiny model_args.dropout=0.1 block_size=32 batch_size=8 epochs=3 steps_per_epoch=10 grad_accum=3 grad_clip=0.5 " \
+        "threads=1 learning_rate=0.003 scheduler.type=cosine scheduler.warmup=3 scheduler.interval=step progress=off device=cpu"
 
 
 def key() -> str:
@@ -32,7 +32,8 @@ def golden_run(folder: Path) -> str:
     """The hash of the run, made in a process of its own."""
     text = "".join(f"{i} times {i % 7} is {i * (i % 7)}\n" for i in range(800))
     (folder / "text.txt").write_text(text)
-    command = [sys.executable, "-m", "codex_ml.cli.train", f"data={folder / 'text.txt'}", f"checkpoint.dir={folder / 'run'}", *WORDS.split()]
+    words = [f"data={folder / 'text.txt'}", f"checkpoint.dir={folder / 'run'}", *WORDS.split()]
+    command = [sys.executable, "-m", "codex_ml.cli.train", *words]
     subprocess.run(command, check=True, cwd=folder, env={**os.environ, **CAPPED}, stdout=subprocess.DEVNULL, timeout=120)
     return json.loads((folder / "run" / "latest.json").read_text())["checkpoint_sha256"]
 

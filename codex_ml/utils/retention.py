@@ -51,7 +51,7 @@ def plan_retention(checkpoints: Sequence[Checkpoint], policy: RetentionConfig, p
             keep.remove(checkpoint.name)
     return [c.name in keep for c in checkpoints]
 
-# %% ../../nbs/23_retention.ipynb #c1eaa099
+# %% ../../nbs/23_retention.ipynb #57045039
 def protected_names(checkpoint_dir: str | Path, verified: Iterable[str] = ()) -> tuple[str | None, set[str]]:
     """The latest checkpoint's name, and the names of all that must stay: the latest, the one `latest.json` names, the best epoch, and
     the newest that verifies. `verified` names those whose hash is known to be good, which need not be read again."""
@@ -59,11 +59,10 @@ def protected_names(checkpoint_dir: str | Path, verified: Iterable[str] = ()) ->
     good = [c for c in checkpoints if c.metadata]
     latest = good[0].name if good else None
     pointer, _ = read_pointer(checkpoint_dir)
-    names = {latest, pointer["path"] if pointer else None, next((c.name for c in checkpoints if _verifies(c, verified)), None)} - {None}
-    epochs = [c for c in good if c.is_epoch]
-    if epochs:
-        names.add(min(epochs, key=lambda c: (score(c), c.epoch)).name)
-    return latest, {str(name) for name in names}
+    sure = next((c.name for c in checkpoints if _verifies(c, verified)), None)
+    best = min((c for c in good if c.is_epoch), key=lambda c: (score(c), c.epoch), default=None)
+    names = (latest, pointer["path"] if pointer else None, sure, best.name if best else None)
+    return latest, {name for name in names if name is not None}
 
 
 def _verifies(checkpoint: Checkpoint, verified: Iterable[str]) -> bool:
@@ -74,7 +73,7 @@ def _verifies(checkpoint: Checkpoint, verified: Iterable[str]) -> bool:
     except CorruptFile:
         return False
 
-# %% ../../nbs/23_retention.ipynb #aa54a7bc
+# %% ../../nbs/23_retention.ipynb #4e3b299b
 def _checked(**policy: Any) -> RetentionConfig:
     for name, value in policy.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -82,8 +81,8 @@ def _checked(**policy: Any) -> RetentionConfig:
     return RetentionConfig(**policy)
 
 
-def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, keep_every: int | None = None, max_epochs: int | None = None,
-                      dry_run: bool = False, *, keep_best: int | None = None, max_bytes: int | None = None,
+def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, keep_every: int | None = None,
+                      max_epochs: int | None = None, dry_run: bool = False, *, keep_best: int | None = None, max_bytes: int | None = None,
                       verified: Iterable[str] = ()) -> dict[str, Any]:
     """Delete the epoch checkpoints in `checkpoint_dir` that the policy does not keep; `dry_run` only says which.
 
@@ -93,9 +92,11 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, 
     policy = _checked(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, max_epochs=max_epochs, max_bytes=max_bytes)
     checkpoints = [c for c in reversed(list_checkpoints(checkpoint_dir)) if c.is_epoch]
     checkpoints.sort(key=lambda c: c.epoch)
-    limits = any(value is not None for value in vars(policy).values())
-    latest, protected = protected_names(checkpoint_dir, verified) if limits else (_newest(checkpoint_dir), {c.name for c in checkpoints})
-    report: dict[str, Any] = {"total": len(checkpoints), "kept": [], "pruned": [], "protected_latest": latest, "dry_run": dry_run, "failed": []}
+    if all(value is None for value in vars(policy).values()):  # nothing will go, so no hash need be read
+        verified = [c.name for c in list_checkpoints(checkpoint_dir)]
+    latest, protected = protected_names(checkpoint_dir, verified)
+    report: dict[str, Any] = {"total": len(checkpoints), "kept": [], "pruned": [], "protected_latest": latest, "dry_run": dry_run,
+                              "failed": []}
     for checkpoint, keep in zip(checkpoints, plan_retention(checkpoints, policy, protected), strict=True):
         if keep:
             report["kept"].append(checkpoint.name)
@@ -103,10 +104,6 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, 
             report["pruned"].append({"name": checkpoint.name, "bytes": checkpoint.metadata.get("checkpoint_bytes"),
                                      "checkpoint_sha256": checkpoint.sha256})
     return report
-
-
-def _newest(checkpoint_dir: str | Path) -> str | None:
-    return next((c.name for c in list_checkpoints(checkpoint_dir) if c.metadata), None)
 
 
 def _removed(checkpoint: Checkpoint, failed: list[str]) -> bool:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOCK_FILES', 'ENV_VARIABLES', 'lock_sha256', 'environment', 'differences', 'run_manifest']
 
-# %% ../nbs/20_provenance.ipynb #94ad1f23
+# %% ../nbs/20_provenance.ipynb #426533e8
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from .durable import CorruptFile, sha256_file
 from .utils.determinism import environment_fingerprint
 
-# %% ../nbs/20_provenance.ipynb #58d5e184
+# %% ../nbs/20_provenance.ipynb #2479b563
 LOCK_FILES = ("uv.lock", "uv.lock.json", "poetry.lock", "pdm.lock", "Pipfile.lock", "pylock.toml", "constraints.txt", "requirements.txt")
 
 
@@ -28,7 +29,7 @@ def lock_sha256(folder: str | os.PathLike = ".") -> tuple[str, str] | None:
         for place in (start, *start.parents):
             for name in LOCK_FILES:
                 if (place/name).is_file():
-                    return name, sha256_file(place/name)
+                    return name, sha256_file((place/name).resolve())  # in a workspace of several projects it may be a link
             if (place/"pyproject.toml").exists() or (place/".git").exists():
                 return None
     except (OSError, CorruptFile):
@@ -54,20 +55,38 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
             rows.append((name, old[name], new[name]))
     return sorted(rows, key=lambda row: row[0])
 
-# %% ../nbs/20_provenance.ipynb #4a1860cb
+# %% ../nbs/20_provenance.ipynb #83a8e8a4
 ENV_VARIABLES = ("PYTHONHASHSEED", "CODEX_AUDIT", "CODEX_DDP")
 
 
+def _json_safe(value: Any) -> Any:
+    "`value` in a form that strict JSON has; what it has none for becomes text."
+    if isinstance(value, Mapping):
+        return {_json_safe(str(name)): _json_safe(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value).encode("utf-8", "replace").decode()  # a variable may hold bytes that are not text
+
+
+def _or_none(read: Callable[[], Any]) -> Any:
+    try:
+        return _json_safe(read())
+    except Exception:  # best effort: what cannot be told is null
+        return None
+
+
 def run_manifest(**facts: Any) -> dict[str, Any]:
-    "The content of `run_manifest.json`: what every manifest has, then `facts`. Never raises."
-    lock = lock_sha256()
-    return {
+    "The content of `run_manifest.json`: what every manifest has, then `facts`. Never raises; fit for strict JSON."
+    name, digest = _or_none(lock_sha256) or (None, None)
+    manifest = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git_sha": os.environ.get("GIT_SHA"),
-        "lock_sha256": lock[1] if lock else None,
-        "env": {name: os.environ.get(name) for name in ENV_VARIABLES},
+        "platform": _or_none(platform.platform),
+        "git_sha": _or_none(lambda: os.environ.get("GIT_SHA")),
+        "lock_sha256": digest,
+        "env": _or_none(lambda: {name: os.environ.get(name) for name in ENV_VARIABLES}),
         "schema_version": "v1",
-        "lock_file": lock[0] if lock else None,
-        **facts,
+        "lock_file": name,
     }
+    return manifest | {fact: _or_none(lambda value=value: value) for fact, value in facts.items()}

@@ -9,7 +9,7 @@ __all__ = ['TrainingResult']
 from html import escape
 from typing import Any
 
-# %% ../nbs/42_result.ipynb #a22c1b77
+# %% ../nbs/42_result.ipynb #f6f4dcac
 class TrainingResult(dict):
     "The entries that `run_training` returns; `model` is the trained model, `data` what it was trained on."
 
@@ -23,7 +23,7 @@ class TrainingResult(dict):
     def _repr_html_(self) -> str:
         cells = "".join(f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>"
                         for name, value in _rows(self))
-        return f"<table>{cells}</table>{_sparkline(self.get('loss_history', []))}"
+        return f"<table>{cells}</table>{_sparkline(self.get('loss_history'))}"
 
     def plot(self) -> Any:
         """The losses of each epoch and the learning rate, as a matplotlib figure.
@@ -36,38 +36,45 @@ class TrainingResult(dict):
             raise ImportError("plot() needs matplotlib: pip install 'codex_ml[plot]'") from error
         figure = Figure(figsize=(8, 3), layout="constrained")
         losses, rates = figure.subplots(1, 2)
-        epochs = range(1, len(self["loss_history"]) + 1)
-        losses.plot(epochs, self["loss_history"], marker=".", label="training")
-        held_out = [(m["epoch"], m["val_loss"]) for m in self["metrics_history"] if isinstance(m.get("val_loss"), float)]
+        training, used = self.get("loss_history") or [], self.get("learning_rate_history") or []
+        held_out = [(m["epoch"], m["val_loss"]) for m in self.get("metrics_history") or [] if isinstance(m.get("val_loss"), (int, float))]
+        losses.plot(range(1, len(training) + 1), training, marker=".", label="training")
         if held_out:
             losses.plot(*zip(*held_out, strict=True), marker=".", label="validation")
-        rates.plot(epochs, [rate[0] for rate in self["learning_rate_history"][:len(epochs)]], marker=".", color="tab:green")
+        for group, course in enumerate(zip(*used, strict=False)):
+            rates.plot(range(1, len(course) + 1), course, marker=".", label=f"group {group}")
         for axes, label in ((losses, "loss"), (rates, "learning rate")):
             axes.set(xlabel="epoch", ylabel=label)
-        losses.legend()
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if len(axes.lines) > 1:
+                axes.legend()
         return figure
 
-# %% ../nbs/42_result.ipynb #fe6a5958
+# %% ../nbs/42_result.ipynb #5105d534
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _rows(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    losses, metrics = result.get("loss_history", []), result.get("metrics", {})
-    rows = [("status", f"{result.get('status')} at epoch {result.get('final_epoch')} of {result.get('epochs')}")]
+    losses, metrics = result.get("loss_history") or [], result.get("metrics") or {}
+    rows: list[tuple[str, Any]] = [("status", f"{result.get('status')} at epoch {result.get('final_epoch')} of {result.get('epochs')}")]
     if result.get("resumed"):
-        rows.append(("resumed", f"from {result['resume_meta']['checkpoint']}"))
+        rows.append(("resumed", f"from {(result.get('resume_meta') or {}).get('checkpoint')}"))
     if losses:
-        rows.append(("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
-    rows += [(name, f"{value:.4f}") for name, value in metrics.items() if isinstance(value, float) and name != "train_loss"]
+        rows.append(("loss", f"{_number(losses[0])} → {_number(losses[-1])}"))
+    rows += [(name, _number(value)) for name, value in metrics.items() if isinstance(value, float) and name != "train_loss"]
     rows.append(("steps", f"{result.get('total_steps')} ({result.get('optimizer_steps')} updates) "
-                          f"in {result.get('wall_time_sec', 0):.1f} s"))
+                          f"in {result.get('wall_time_sec') or 0:.1f} s"))
     if result.get("checkpoint_last"):
-        rows += [("checkpoint", f"{result['checkpoint_dir']}/{result['checkpoint_last']}"), ("sha256", result["checkpoint_sha256_last"])]
-    if result.get("callback_errors"):
-        rows.append(("callback errors", len(result["callback_errors"])))
+        rows.append(("checkpoint", f"{result.get('checkpoint_dir')}/{result['checkpoint_last']}"))
+        rows.append(("sha256", result.get("checkpoint_sha256_last")))
+    rows += [(name.replace("_", " "), len(result[name])) for name in ("callback_errors", "sink_errors") if result.get(name)]
     return rows
 
 
-def _sparkline(values: list[float], width: int = 240, height: int = 40) -> str:
+def _sparkline(values: list[float] | None, width: int = 240, height: int = 40) -> str:
     "A curve in 240 by 40 pixels; nothing for fewer than two finite values."
-    finite = [v for v in values if abs(v) < float("inf")]
+    finite = [v for v in values or [] if isinstance(v, (int, float)) and abs(v) < float("inf")]
     if len(finite) < 2:
         return ""
     low, high = min(finite), max(finite)

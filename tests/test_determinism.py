@@ -153,6 +153,18 @@ def test_nothing_draws_a_random_number():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_cudnn_deterministic_takes_the_benchmark_off():
+    d.restore_flags({"cudnn.benchmark": True, "cudnn.deterministic": False})
+    previous = d.set_cudnn_deterministic(True)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    d.set_cudnn_deterministic(False)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+    d.restore_flags({"cudnn.benchmark": False})
+    d.restore_flags(previous)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+
+
 def test_two_processes_have_one_fingerprint():
     code = "import json; from codex_ml.utils.determinism import environment_fingerprint as f; print(json.dumps(f()))"
     first, second = (subprocess.check_output([sys.executable, "-c", code]) for _ in range(2))

@@ -85,7 +85,7 @@ def test_the_kernel_is_this_interpreter(kernel: None, tmp_path: Path) -> None:
 TRAIN = [
     {"model_name": "tiny", "block_size": 16, "epochs": 2, "steps_per_epoch": 12, "learning_rate": 0.01, "threads": 1},
     {"model_name": "gpt", "model_args": {"dim": 16, "layers": 1, "heads": 2, "dropout": 0.1}, "block_size": 24, "epochs": 3,
-     "steps_per_epoch": 10, "batch_size": 8, "grad_accum": 2, "grad_clip": None, "learning_rate": 0.01, "seed": None, "threads": 1,
+     "steps_per_epoch": 40, "batch_size": 8, "grad_accum": 2, "grad_clip": None, "learning_rate": 0.01, "seed": None, "threads": 1,
      "scheduler_type": "linear", "scheduler_final_lr_scale": 0.3, "checkpoint_resume": True, "checkpoint_retention_keep_last": 1},
 ]
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'score', 'selected', 'plan_retention', 'protected_names', 'prune_checkpoints']
 
-# %% ../../nbs/23_retention.ipynb #1353c746
+# %% ../../nbs/23_retention.ipynb #5c096508
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ from ..durable import CorruptFile, remove_folder
 
 log = logging.getLogger("codex_ml")
 
-# %% ../../nbs/23_retention.ipynb #3b19367d
+# %% ../../nbs/23_retention.ipynb #873e715e
 def score(checkpoint: Checkpoint) -> float:
-    "Lower is better: the validation loss, else the training loss; infinite where neither is known."
-    for value in (checkpoint.metadata.get("metrics", {}).get("val_loss"), checkpoint.metadata.get("avg_loss")):
-        if isinstance(value, (int, float)):
-            return float(value)
-    return float("inf")
+    "Lower is better: the validation loss, else the training loss; infinite where it is not known or not finite."
+    metrics = checkpoint.metadata.get("metrics")
+    value = metrics.get("val_loss") if isinstance(metrics, dict) else None
+    if value is None:
+        value = checkpoint.metadata.get("avg_loss")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # NaN stands in metadata as text
+        return float("inf")
+    return float(value)
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    size = checkpoint.metadata.get("checkpoint_bytes")
+    return size if isinstance(size, int) else 0
 
 
 def selected(checkpoints: Sequence[Checkpoint], policy: RetentionConfig) -> set[str]:
@@ -42,30 +51,37 @@ def plan_retention(checkpoints: Sequence[Checkpoint], policy: RetentionConfig, p
     "For each of `checkpoints` (epochs, oldest first), whether it stays. Those named in `protected` do, and count towards the caps."
     protected = set(protected)
     keep = selected(checkpoints, policy) | protected
-    sizes = {c.name: int(c.metadata.get("checkpoint_bytes") or 0) for c in checkpoints}
+    count, size = 0, 0
     for checkpoint in checkpoints:
-        kept = [c.name for c in checkpoints if c.name in keep]
-        over = (policy.max_epochs is not None and len(kept) > policy.max_epochs) or (
-            policy.max_bytes is not None and sum(sizes[name] for name in kept) > policy.max_bytes)
-        if over and checkpoint.name in keep and checkpoint.name not in protected:
+        if checkpoint.name in keep:
+            count, size = count + 1, size + _size(checkpoint)
+    for checkpoint in checkpoints:
+        if checkpoint.name not in keep or checkpoint.name in protected:
+            continue
+        too_many = policy.max_epochs is not None and count > policy.max_epochs
+        too_large = policy.max_bytes is not None and size > policy.max_bytes
+        if too_many or too_large:
             keep.remove(checkpoint.name)
+            count, size = count - 1, size - _size(checkpoint)
     return [c.name in keep for c in checkpoints]
 
-# %% ../../nbs/23_retention.ipynb #57045039
+# %% ../../nbs/23_retention.ipynb #6cce83fc
 def protected_names(checkpoint_dir: str | Path, verified: Iterable[str] = ()) -> tuple[str | None, set[str]]:
-    """The latest checkpoint's name, and the names of all that must stay: the latest, the one `latest.json` names, the best epoch, and
-    the newest that verifies. `verified` names those whose hash is known to be good, which need not be read again."""
-    checkpoints = list_checkpoints(checkpoint_dir)
-    good = [c for c in checkpoints if c.metadata]
-    latest = good[0].name if good else None
+    """The latest checkpoint's name (`latest.json` has it, else the order), and the names of all that must stay: that one, the newest
+    by steps and by number, the newest that verifies, and the best epoch. `verified` names those whose hash is known to be good, which
+    need not be read again."""
+    checkpoints, verified = list_checkpoints(checkpoint_dir), set(verified)
+    good, epochs = [c for c in checkpoints if c.metadata], [c for c in checkpoints if c.is_epoch]
     pointer, _ = read_pointer(checkpoint_dir)
-    sure = next((c.name for c in checkpoints if _verifies(c, verified)), None)
-    best = min((c for c in good if c.is_epoch), key=lambda c: (score(c), c.epoch), default=None)
-    names = (latest, pointer["path"] if pointer else None, sure, best.name if best else None)
-    return latest, {name for name in names if name is not None}
+    pointed = [c for c in checkpoints if pointer and c.name == pointer["path"]]
+    last = sorted(epochs, key=lambda c: c.epoch)[-1:]  # if its metadata cannot be read, it has no place among the others
+    sure = list(islice((c for c in checkpoints if _verifies(c, verified)), 1))  # no more are hashed than it takes
+    best = sorted((c for c in good if c.is_epoch), key=lambda c: (score(c), c.epoch))[:1]
+    newest = pointed or good[:1] or last
+    return newest[0].name if newest else None, {c.name for c in (*newest, *good[:1], *last, *sure, *best)}
 
 
-def _verifies(checkpoint: Checkpoint, verified: Iterable[str]) -> bool:
+def _verifies(checkpoint: Checkpoint, verified: set[str]) -> bool:
     if checkpoint.name in verified:
         return True
     try:
@@ -73,7 +89,7 @@ def _verifies(checkpoint: Checkpoint, verified: Iterable[str]) -> bool:
     except CorruptFile:
         return False
 
-# %% ../../nbs/23_retention.ipynb #4e3b299b
+# %% ../../nbs/23_retention.ipynb #90b80c50
 def _checked(**policy: Any) -> RetentionConfig:
     for name, value in policy.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -86,12 +102,11 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, 
                       verified: Iterable[str] = ()) -> dict[str, Any]:
     """Delete the epoch checkpoints in `checkpoint_dir` that the policy does not keep; `dry_run` only says which.
 
-    Returns `total` (epoch checkpoints found), `kept` (names), `pruned` (name, bytes and SHA-256 of each), `protected_latest`, `dry_run`, and
-    `failed` (names that could not be deleted; a warning tells why, and the next run tries again). `ConfigError` for a value below 1.
+    Returns `total` (epoch checkpoints found), `kept` (names), `pruned` (name, bytes and SHA-256 of each), `protected_latest`, `dry_run`,
+    and `failed` (names that could not be deleted; a warning tells why, and the next run tries again). `ConfigError` for a value below 1.
     """
     policy = _checked(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, max_epochs=max_epochs, max_bytes=max_bytes)
-    checkpoints = [c for c in reversed(list_checkpoints(checkpoint_dir)) if c.is_epoch]
-    checkpoints.sort(key=lambda c: c.epoch)
+    checkpoints = sorted((c for c in list_checkpoints(checkpoint_dir) if c.is_epoch), key=lambda c: c.epoch)
     if all(value is None for value in vars(policy).values()):  # nothing will go, so no hash need be read
         verified = [c.name for c in list_checkpoints(checkpoint_dir)]
     latest, protected = protected_names(checkpoint_dir, verified)

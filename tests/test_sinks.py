@@ -1,0 +1,157 @@
+import logging
+import os
+import random
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from codex_ml import registry
+from codex_ml.config import TrainConfig
+from codex_ml.telemetry import ndjson
+from codex_ml.telemetry.ndjson import read_ndjson
+from codex_ml.telemetry.sinks import Sinks, open_sinks
+
+
+class Recorder:
+    def __init__(self, fail=()):
+        self.calls, self.fail = [], fail
+
+    def _call(self, name, *arguments):
+        self.calls.append((name, *arguments))
+        if name in self.fail:
+            raise self.fail[name]
+
+    def emit(self, record):
+        self._call("emit", record["metric"], record["value"])
+
+    def flush(self):
+        self._call("flush")
+
+    def close(self):
+        self._call("close")
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+ERRORS = [OSError("disk"), RecursionError("deep"), AssertionError(), MemoryError(), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "bad")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("method", ["emit", "flush", "close"])
+def test_a_failing_sink_is_counted_told_once_and_stops_nobody(method, error, caplog):
+    bad, good = Recorder({method: error}), Recorder()
+    with caplog.at_level(logging.WARNING), Sinks({"bad": bad, "good": good}, "r") as sinks:
+        for step in range(3):
+            sinks.log(step, "train", {"loss": 1.0})
+            sinks.flush()
+    assert [call[0] for call in good.calls] == ["emit", "flush"] * 3 + ["close"] == [call[0] for call in bad.calls]
+    assert sinks.errors == {"bad": 1 if method == "close" else 3}
+    assert len(caplog.records) == 1 and "'bad'" in caplog.text and "Training goes on" in caplog.text
+
+
+def test_an_interrupt_is_not_swallowed():
+    sinks = Sinks({"a": Recorder({"emit": KeyboardInterrupt()})}, "r")
+    with pytest.raises(KeyboardInterrupt):
+        sinks.log(1, "train", {"loss": 1.0})
+
+
+def test_values_that_are_no_numbers_cost_themselves_only(caplog):
+    good = Recorder()
+    sinks = Sinks({"good": good}, "r")
+    with caplog.at_level(logging.WARNING):
+        for step in range(2):
+            sinks.log(step, "v", {"a": 1, "text": "x", "many": torch.ones(3), "none": None, "b": torch.tensor(2.0), 3: np.float32(4)})
+    assert [call[1:] for call in good.calls[:3]] == [("a", 1.0), ("b", 2.0), ("3", 4.0)] and len(good.calls) == 6
+    assert sinks.errors == {"metrics": 6} and len(caplog.records) == 3  # once for each name
+
+
+def test_a_forked_worker_touches_no_sink(tmp_path):
+    recorder = Recorder()
+    sinks = Sinks({"a": recorder}, "r")
+    pid = os.fork()
+    if pid == 0:
+        sinks.log(1, "train", {"loss": 1.0})
+        sinks.flush()
+        sinks.close()
+        os._exit(len(recorder.calls))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    sinks.log(1, "train", {"loss": 1.0})
+    assert recorder.calls == [("emit", "loss", 1.0)]
+
+
+def test_closed_twice_and_used_after():
+    recorder = Recorder()
+    sinks = Sinks({"a": recorder}, "r")
+    sinks.close(), sinks.close(), sinks.log(1, "train", {"loss": 1.0}), sinks.flush()
+    assert recorder.calls == [("close",)] and sinks.errors == {}
+
+
+def test_a_metrics_file_that_cannot_be_opened(tmp_path, caplog):
+    (tmp_path / ".codex").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING), open_sinks(TrainConfig(), tmp_path, "r") as sinks:
+        sinks.log(1, "train", {"loss": 1.0})
+    assert sinks.errors == {"ndjson": 1} and "cannot be opened" in caplog.text
+
+
+def test_a_full_disk_is_counted_for_each_record(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), open_sinks(TrainConfig(metrics_out="/dev/full"), tmp_path, "r") as sinks:
+        for step in range(5):
+            sinks.log(step, "train", {"loss": 1.0, "lr": 0.1})
+    assert sinks.errors == {"ndjson": 10} and len(caplog.records) == 1
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+def test_a_pipe_that_nobody_reads_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with open_sinks(TrainConfig(metrics_out=str(tmp_path / "pipe")), None, "r") as sinks:
+        sinks.log(1, "train", {"loss": 1.0})
+    assert sinks.errors == {"ndjson": 1}
+
+
+def test_relative_to_the_working_folder_where_there_is_no_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_sinks(TrainConfig(metrics_out="m.ndjson"), None, "r") as sinks:
+        sinks.log(1, "train", {"loss": float("inf")})
+    assert read_ndjson(Path("m.ndjson"))[0][0]["value"] == float("inf")
+
+
+def test_off_makes_no_file_and_costs_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("codex_ml.telemetry.sinks.scalar_record", None)
+    with open_sinks(TrainConfig(metrics_out=None), tmp_path, "r") as sinks:
+        sinks.log(1, "train", {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == [] and sinks.errors == {}
+
+
+def test_a_broken_plugin_is_left_out(tmp_path):
+    def refuses(config, folder, run_id):
+        raise ImportError("no such library")
+
+    registry.register("sinks", "plugin", refuses)
+    registry.register("sinks", "absent", lambda config, folder, run_id: None)
+    with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
+        assert list(sinks.sinks) == ["ndjson"] and sinks.errors == {"plugin": 1}
+
+
+def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(ndjson.os, "fsync", synced.append)
+    with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
+        sinks.log(1, "train", {"loss": 1.0})
+        sinks.flush()
+    assert len(synced) == 1
+
+
+def test_nothing_draws_a_random_number(tmp_path):
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
+        sinks.log(1, "train", {"loss": torch.tensor(1.0)})
+        sinks.flush()
+    assert random.getstate() == before[0] and np.random.get_state()[1].tobytes() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])

@@ -14,7 +14,7 @@ TORCH := 2.13.0
 KILLS ?= 1000
 JOBS ?= 2
 
-.PHONY: help train test lab docs bench kill-test sync readme sync-check readme-check nbtest pytest lint types dev lock clean
+.PHONY: help train test lab docs bench kill-test sync outputs readme sync-check readme-check nbtest pytest lint types dev lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ sync: $(VENV)/dev.stamp ## clean the notebooks, write codex_ml/ and README.md an
 	@$(PY) -m tools.sync
 	@$(PY) -m tools.readme
 
+outputs: $(VENV)/dev.stamp ## run the notebooks and keep what they print (examples excepted); ARGS=nbs/00_durable.ipynb
+	@$(PY) -m tools.nbtest --save --jobs $(JOBS) $(ARGS)
+	@$(MAKE) --no-print-directory sync
+
 clean: ## remove everything that these commands made, except your results in runs/
 	rm -rf $(VENV) _docs _proc build codex_ml.egg-info .pytest_cache .ruff_cache .hypothesis nbs/_quarto.yml
 	find . -name runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
@@ -64,7 +68,7 @@ types: $(VENV)/dev.stamp
 	@PYRIGHT_PYTHON_GLOBAL_NODE=0 $(PY) -m pyright --pythonpath $(PY)
 
 nbtest: $(VENV)/dev.stamp
-	@$(VENV)/bin/nbdev-test --n-workers $(JOBS) $(ARGS)
+	@$(PY) -m tools.nbtest --jobs $(JOBS) $(ARGS)
 
 pytest: $(VENV)/dev.stamp
 	@$(PY) -m pytest -n $(JOBS) $(ARGS)

@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'canonical', 'serialize', 'deserialize', 'Checkpoi
            'save_checkpoint', 'move_aside', 'write_pointer', 'read_pointer', 'verify_checkpoint', 'load_checkpoint',
            'newest_verified', 'drop_older_steps']
 
-# %% ../nbs/21_checkpoint.ipynb #cf9c2d45
+# %% ../nbs/21_checkpoint.ipynb #17630de1
 import os
 import re
 import shutil
@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, temporary,
-                              verified_copy, write_file, write_json)
+from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, storage_errors,
+                              temporary, verified_copy, write_file, write_json)
 
-# %% ../nbs/21_checkpoint.ipynb #6dbb1ff9
+# %% ../nbs/21_checkpoint.ipynb #8617df73
 class CheckpointError(RuntimeError):
     "A state that cannot be saved, or a run that cannot be resumed as asked."
 
@@ -33,12 +33,15 @@ def _canonical_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    tensor = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.reshape(-1).view(tensor.shape)  # a dimension of one element can have any stride: now it has the usual one
 
 
 def canonical(value: Any, path: str = "state") -> Any:
     "`value` rebuilt so that equal values pickle to equal bytes: tensors, numbers, strings, None, lists, tuples and dicts of these."
     if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise CheckpointError(f"{path} is a tensor of another kind than the dense ones that a checkpoint holds")
         return _canonical_tensor(value)
     if isinstance(value, str):
         return sys.intern(str(value))
@@ -136,7 +139,7 @@ def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
     found = [Checkpoint(p, _read_metadata(p)) for p in folders]
     return sorted(found, key=lambda c: (c.place, c.is_epoch, c.epoch), reverse=True)
 
-# %% ../nbs/21_checkpoint.ipynb #ef14245f
+# %% ../nbs/21_checkpoint.ipynb #778e0b62
 def utc_now() -> str:
     "UTC, to the second, as `2025-09-26T02:30:12Z`."
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -150,7 +153,8 @@ def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata:
     """
     root = Path(checkpoint_dir)
     tmp = temporary(root/name)
-    tmp.mkdir()
+    with storage_errors(root/name):
+        tmp.mkdir()
     try:
         written = write_file(tmp/"checkpoint.pt", lambda file: serialize(state, file))
         metadata = metadata | {"checkpoint_sha256": written.sha256, "checkpoint_bytes": written.bytes}
@@ -164,17 +168,18 @@ def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata:
         raise
     return Checkpoint(root/name, metadata)
 
-# %% ../nbs/21_checkpoint.ipynb #c20aad7f
+# %% ../nbs/21_checkpoint.ipynb #e1ca51ae
 def move_aside(checkpoint_dir: str | Path, names: list[str]) -> Path:
     "Move entries of the run's folder into a new `aside-0001` (0002, …) in it: nothing is ever overwritten."
     root = Path(checkpoint_dir)
     taken = [int(p.name[6:]) for p in root.glob("aside-*") if p.name[6:].isdecimal()]
     aside = root/f"aside-{max(taken, default=0) + 1:04d}"
-    aside.mkdir()
-    for name in names:
-        (root/name).rename(aside/name)
-    fsync_dir(aside)
-    fsync_dir(root)
+    with storage_errors(aside):
+        aside.mkdir()
+        for name in names:
+            (root/name).rename(aside/name)
+        fsync_dir(aside)
+        fsync_dir(root)
     return aside
 
 # %% ../nbs/21_checkpoint.ipynb #05a46a27
@@ -228,18 +233,19 @@ def load_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CorruptFile(f"{path} is not the checkpoint of {checkpoint.name}: its content belongs to another place")
     return state
 
-# %% ../nbs/21_checkpoint.ipynb #cc9bc1c5
+# %% ../nbs/21_checkpoint.ipynb #616239b7
 def newest_verified(checkpoint_dir: str | Path, strict: bool = False) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """The newest checkpoint that verifies, its state, and what was wrong on the way. (None, {}, problems) where none does.
 
     With `strict`, `CheckpointError` where the newest one is broken (it names the next good one and how to take it) or none verifies.
     """
-    checkpoints = list_checkpoints(checkpoint_dir)
-    pointer, problems = read_pointer(checkpoint_dir) if checkpoints else (None, [])
-    names = [c.name for c in checkpoints]
-    if pointer and pointer["path"] not in names and checkpoints:
-        problems.append(f"{Path(checkpoint_dir)/'latest.json'} names {pointer['path']}, which is not there")
+    root, checkpoints = Path(checkpoint_dir), list_checkpoints(checkpoint_dir)
     broken: list[str] = []
+    if not checkpoints and not (root/"latest.json").exists():
+        return None, {}, []  # there never was one
+    pointer, problems = read_pointer(root)
+    if pointer and not problems and pointer["path"] not in [c.name for c in checkpoints]:  # the backup may name one that was replaced
+        broken.append(f"{root/'latest.json'} names {pointer['path']}, which is not there")
     for checkpoint in checkpoints:
         try:
             state = load_checkpoint(checkpoint)
@@ -251,8 +257,8 @@ def newest_verified(checkpoint_dir: str | Path, strict: bool = False) -> tuple[C
                                   "with checkpoint.strict=false")
         return checkpoint, state, problems + broken
     if broken and strict:
-        raise CheckpointError(f"{broken[0]}. None of the {len(broken)} checkpoints in {checkpoint_dir} verifies: restore one from a copy, "
-                              "or start anew with checkpoint.resume=false (it moves them aside)")
+        raise CheckpointError(f"{broken[0]}. None of the {len(checkpoints)} checkpoints in {checkpoint_dir} verifies: restore one from a "
+                              "copy, or start anew with checkpoint.resume=false (it moves them aside)")
     return None, {}, problems + broken
 
 # %% ../nbs/21_checkpoint.ipynb #681e6144

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .seeding import key, permuted, seed_everything
 
-# %% ../nbs/10_data.ipynb #60f7576d
+# %% ../nbs/10_data.ipynb #95650e3e
 class DataError(ValueError):
     "Data that cannot be trained on; says which and how to mend it."
 
@@ -40,7 +40,7 @@ class TensorSamples:
     def gather(self, indices: torch.Tensor) -> Any:
         "The rows at `indices` (int64, shape [B]): a tuple of tensors, or the tensor where there is one."
         rows = tuple(t.index_select(0, indices if t.device == indices.device else indices.to(t.device)) for t in self.tensors)
-        return rows if len(rows) > 1 else rows[0]
+        return rows[0] if len(rows) == 1 else rows
 
     @property
     def spec(self) -> dict[str, int]:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TrainingResult']
 
-# %% ../nbs/42_result.ipynb #c3879309
+# %% ../nbs/42_result.ipynb #dfa2db50
+import io
 from html import escape
 from typing import Any
 
-# %% ../nbs/42_result.ipynb #f6f4dcac
+# %% ../nbs/42_result.ipynb #62a6dcb2
 class TrainingResult(dict):
     "The entries that `run_training` returns; `model` is the trained model, `data` what it was trained on."
 
@@ -48,9 +49,17 @@ class TrainingResult(dict):
             axes.xaxis.get_major_locator().set_params(integer=True)
             if len(axes.lines) > 1:
                 axes.legend()
+        # shown in a notebook also where pyplot was never imported
+        figure._repr_png_ = lambda: _png(figure)  # pyright: ignore[reportAttributeAccessIssue]
         return figure
 
-# %% ../nbs/42_result.ipynb #5105d534
+# %% ../nbs/42_result.ipynb #67f10109
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=96)
+    return file.getvalue()
+
+
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 

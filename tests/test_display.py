@@ -33,8 +33,10 @@ def clock(monkeypatch):
 def screen(text, width):
     "What a terminal of that width shows in the end: lines, as far as carriage returns and line breaks go."
     lines, column = [[]], 0
-    for character in text:
-        if character == "\r":
+    for character in text.replace(LiveLine.erase, "\0"):
+        if character == "\0":
+            del lines[-1][column:]
+        elif character == "\r":
             column = 0
         elif character == "\n":
             lines.append([])
@@ -53,11 +55,13 @@ def test_a_live_line_is_covered_wholly(clock):
         clock.now += 1
         display.step(1, step, 4, loss, 1e-3)
     display.note("short")
+    assert screen(stream.getvalue(), 80) == ["short", "epoch 1/3  step 4/4  100%  loss 2.000  lr 0.001  1.0 steps/s  0:08 left"]
+    stream.write("^C")  # the terminal's own echo of a key
     clock.now += 1
     display.step(1, 4, 4, 2.0, 1e-3)
     display.epoch(1, {"train_loss": 2.0, "note": "a\nb"})
     display.close()
-    assert screen(stream.getvalue(), 80) == ["short", "epoch 1/3  train_loss 2.000  note a b  1.0 steps/s  0:05", ""]
+    assert screen(stream.getvalue(), 80) == ["short", "epoch 1/3  train_loss 2.000  note a b  1.0 steps/s  0:04", ""]
 
 
 def test_it_is_drawn_ten_times_a_second_at_most(clock):
@@ -77,7 +81,7 @@ def test_plain_lines_come_every_ten_seconds(clock):
         display.step(1, step, 1000, 1.0, 1e-3)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3 and "\r" not in stream.getvalue()
-    assert lines[0].endswith("28.6 steps/s  0:25 left") and "step 286/1000 28%" in lines[0]
+    assert lines[0].endswith("28.6 steps/s  0:25 left") and "step 286/1000  28%" in lines[0]
 
 
 def test_rate_and_time_left(clock):
@@ -86,12 +90,83 @@ def test_rate_and_time_left(clock):
     for step in range(1, 11):
         clock.now += 2
         display.step(1, step, 10, 1.0, 1e-3)
-    assert stream.getvalue().endswith("2.0 s/step  0:20 left")
+    assert screen(stream.getvalue(), 80)[-1].endswith("2.0 s/step  0:20 left")
     clock.now += 100  # validation
     display.epoch(1, {})
     clock.now += 2
     display.step(2, 1, 10, 1.0, 1e-3)
-    assert "  2.0 s/step  1:40 left" in stream.getvalue().split("\r")[-1]
+    assert "  2.0 s/step  1:48 left" in stream.getvalue().split("\r")[-1]
+
+
+def test_what_goes_before_the_first_step_is_in_no_figure(clock):
+    stream = io.StringIO()
+    display = open_display("live", 2, stream)
+    clock.now += 1000  # data are read, the model is built
+    for step in range(1, 11):
+        clock.now += 2
+        display.step(1, step, 10, 1.0, 1e-3)
+        assert "left" not in stream.getvalue() or max(map(int, re.findall(r"0:(\d\d) left", stream.getvalue()))) <= 36
+    clock.now += 50
+    display.epoch(1, {"val_loss": 1.0})
+    assert "epoch 1/2  val_loss 1.000  2.0 s/step  1:08" in stream.getvalue()
+    display.epoch(2, {})  # no step at all
+    display.close()
+    assert "epoch 2/2  0:00" in stream.getvalue()
+
+
+def test_one_step_or_none_in_the_first_epoch(clock):
+    for steps in (0, 1):
+        stream = io.StringIO()
+        display = open_display("lines", 1, stream)
+        clock.now += 5
+        for step in range(steps):
+            display.step(1, step + 1, steps, 1.0, 1e-3)
+        display.epoch(1, {})
+        assert stream.getvalue() == "epoch 1/1  0:05\n"
+
+
+@pytest.mark.parametrize("width,expected", [
+    (200, "epoch 12/100  step 1234/5000  24%  loss 2.554  lr 0.0008  0.5 s/step  1:02:07 left"),
+    (80, "epoch 12/100  step 1234/5000  24%  loss 2.554  0.5 s/step  1:02:07 left"),
+    (60, "epoch 12/100  step 1234/5000  24%  loss 2.554  1:02:07 left"),
+    (59, "epoch 12/100  24%  loss 2.554  1:02:07 left"),
+    (40, "epoch 12/100  24%  loss 2.554"),
+    (20, "epoch 12/100  loss "),
+    (1, ""),
+])
+def test_a_narrow_terminal_says_less(width, expected, monkeypatch):
+    stream = io.StringIO()
+    view = LiveLine(stream)
+    monkeypatch.setattr(view, "width", lambda: width)
+    view.show({"epoch": "epoch 12/100", "step": "step 1234/5000", "share": "24%", "loss": "loss 2.554", "lr": "lr 0.0008",
+               "rate": "0.5 s/step", "left": "1:02:07 left"})
+    assert screen(stream.getvalue(), width) == [expected.rstrip()]
+
+
+def test_what_stays_is_folded_and_a_note_of_many_lines_is_whole(clock, monkeypatch):
+    monkeypatch.setattr(LiveLine, "width", lambda self: 40)
+    stream = io.StringIO()
+    display = open_display("live", 4, stream)
+    for step in (1, 2):
+        clock.now += 1
+        display.step(1, step, 2, 3.633, 1e-3)
+    display.note("one\n" + "w" * 39)
+    display.epoch(1, {"train_loss": 3.633, "val_loss": 2.51, "val_perplexity": 12.3, "m" * 50: 1.0} | {"val_accuracy": 0.3775})
+    display.close()
+    lines = screen(re.sub("m{50} 1.000", "x" * 30, stream.getvalue().replace("m" * 50 + " 1.000", "x" * 30)), 40)
+    assert lines == ["one", "w" * 39, "epoch 1/4  train_loss 3.633", "  val_loss 2.510  val_perplexity 12.30",
+                     "  " + "x" * 30, "  val_accuracy 0.3775  1.0 steps/s", "  0:01", ""]
+
+
+def test_a_metric_that_cannot_be_shown_stops_nobody(clock):
+    class Odd:
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    display = open_display("lines", 1, io.StringIO())
+    display.epoch(1, {"odd": Odd()})
+    clock.now += 20
+    display.step(1, 1, 2, "no number", None)  # type: ignore
 
 
 def test_an_epoch_whose_length_is_not_known(clock):
@@ -154,7 +229,7 @@ def test_a_note_from_a_signal_handler_in_the_middle_of_a_write_waits(clock):
     display.step(1, 1, 2, 1.0, 1e-3)
     assert display.view is not None and not display._waiting
     display.close()
-    assert screen(stream.getvalue(), 80) == ["SIGINT: ending after this step", ""]
+    assert screen(stream.getvalue(), 80) == ["SIGINT: ending after this step", "epoch 1/1  step 1/2  50%  loss 1.000  lr 0.001", ""]
 
 
 def test_an_interrupt_goes_through(clock):
@@ -183,6 +258,21 @@ def test_without_any_stream(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     display = open_display("auto", 1)
     display.step(1, 1, 1, 1.0, 1.0), display.epoch(1, {}), display.note("x"), display.close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "live", "lines", "off"])
+def test_streams_that_are_closed_or_only_write(mode, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+
+    class Writes:
+        def write(self, text):
+            return len(text)
+
+    for stream in (closed, Writes()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        display = open_display(mode, 1)
+        display.step(1, 1, 1, 1.0, 1.0), display.epoch(1, {}), display.note("x"), display.close()
 
 
 def test_the_place_is_recognised(monkeypatch):
@@ -228,11 +318,10 @@ def test_in_a_terminal_of_forty_columns():
         text += piece
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     shown = text.decode().replace("\r\n", "\n")
-    lines = [line for line in screen(re.sub(r"(epoch \d/2  train.*)", lambda m: m[1][:40], shown), 41) if line]
-    assert [line[:24] for line in lines] == [
-        "a warning in the middle", "epoch 1/2  train_loss 0.", "a warning in the middle", "epoch 2/2  train_loss 0."]
+    lines = [line for line in screen(shown, 40) if line]
+    assert [line[:27] for line in lines if line[:2] != "  "] == [
+        "a warning in the middle", "epoch 1/2  train_loss 0.500", "a warning in the middle", "epoch 2/2  train_loss 0.500"]
     assert shown.count("\r") > 4
-    assert all(len(frame.split("\n")[0].rstrip()) < 40 for frame in shown.split("\r") if "step " in frame and "train" not in frame)
 
 
 def test_in_a_pipe_and_in_a_pipe_that_closes():
@@ -273,7 +362,7 @@ def test_in_a_notebook_one_output_changes_in_place(tmp_path):
 
 def test_under_papermill_lines(tmp_path):
     outputs = kernel_outputs({}, tmp_path)
-    assert {o["output_type"] for o in outputs} == {"stream"} and {o["name"] for o in outputs} == {"stdout"}
+    assert {o["output_type"] for o in outputs} == {"stream"} and {o["name"] for o in outputs} == {"stderr"}
     assert "".join(o["text"] for o in outputs).count("\n") == 4
 
 

@@ -47,10 +47,18 @@ def test_whatever_is_a_number_becomes_a_float(value):
     assert b'"value":1.0,' in encode(record)
 
 
-@pytest.mark.parametrize("value", ["1.0", b"1", None, [1.0], {}, torch.ones(2), np.ones(2), 10**400, 1j, object()])
+@pytest.mark.parametrize("value", [
+    b"1", bytearray(b"1"), np.bytes_(b"1"), None, [1.0], {}, torch.ones(2), np.ones(2), 10**400, 1j, object(),
+])
 def test_what_is_no_number_names_its_metric(value):
     with pytest.raises(TypeError, match="metric 'val_acc'"):
         scalar_record("r", 1, "train", "val_acc", value)
+
+
+@pytest.mark.parametrize("value", ["good", "", "1.0", np.str_("good"), np.array("good"), "größe\n😀"])
+def test_a_text_stays_a_text(value):
+    record = scalar_record("r", 1, "v", "grade", value)
+    assert type(record["value"]) is str and decode(encode(record))["value"] == str(value)
 
 
 @pytest.mark.parametrize("step", [1.5, "1", None])

@@ -66,7 +66,7 @@ def test_values_that_are_no_numbers_cost_themselves_only(caplog):
     sinks = Sinks({"good": good}, "r")
     with caplog.at_level(logging.WARNING):
         for step in range(2):
-            sinks.log(step, "v", {"a": 1, "text": "x", "many": torch.ones(3), "none": None, "b": torch.tensor(2.0), 3: np.float32(4)})
+            sinks.log(step, "v", {"a": 1, "bytes": b"x", "many": torch.ones(3), "none": None, "b": torch.tensor(2.0), 3: np.float32(4)})
     assert [call[1:] for call in good.calls[:3]] == [("a", 1.0), ("b", 2.0), ("3", 4.0)] and len(good.calls) == 6
     assert sinks.errors == {"metrics": 6} and len(caplog.records) == 3  # once for each name
 
@@ -134,8 +134,16 @@ def test_a_broken_plugin_is_left_out(tmp_path):
 
     registry.register("sinks", "plugin", refuses)
     registry.register("sinks", "absent", lambda config, folder, run_id: None)
+    with open_sinks(TrainConfig(), tmp_path, "r", ["plugin", "nowhere", "absent", "ndjson"]) as sinks:
+        assert list(sinks.sinks) == ["ndjson"] and sinks.errors == {"plugin": 1, "nowhere": 1}
+
+
+def test_a_registered_sink_is_not_opened_unless_it_is_named(tmp_path):
+    registry.register("sinks", "mine", lambda config, folder, run_id: Recorder())
     with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
-        assert list(sinks.sinks) == ["ndjson"] and sinks.errors == {"plugin": 1}
+        assert list(sinks.sinks) == ["ndjson"]
+    with open_sinks(TrainConfig(), tmp_path, "r", ["Mine"]) as sinks:
+        assert list(sinks.sinks) == ["Mine"]
 
 
 def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):

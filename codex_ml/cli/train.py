@@ -55,13 +55,21 @@ def _sample(result: Any) -> str:
     text = generate(result.model, result.data.tokenizer, prompt="def ", max_new_tokens=240)
     return "a sample of what it learnt:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n"
 
-# %% ../../nbs/90_cli_train.ipynb #7a052b80
+# %% ../../nbs/90_cli_train.ipynb #3503da36
 def main(words: list[str] | None = None) -> int:
     "Train as `words` (else the command line) say; returns the exit code. Errors that a user can mend are one line on stderr."
     words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help", "help") for word in words):
         print(usage())
         return 0
+    try:
+        return _train(words)
+    except KeyboardInterrupt:  # while it was starting or reporting, or a second one
+        print("\nstopped at once; the last checkpoint is kept", file=sys.stderr)
+        return 130
+
+
+def _train(words: list[str]) -> int:
     try:
         settings = resolve(overrides=words)
     except ConfigError as error:
@@ -74,9 +82,6 @@ def main(words: list[str] | None = None) -> int:
         result = train(settings, Parts())
     except tuple(codes) as error:
         return _failed(error, next(code for kind, code in codes.items() if isinstance(error, kind)))
-    except KeyboardInterrupt:
-        print("\nstopped at once; the last checkpoint is kept", file=sys.stderr)
-        return 130
     print(report(result))
     if result["status"] != "interrupted":
         return 0
@@ -93,12 +98,13 @@ def _failed(error: Exception, code: int) -> int:
 def _exit_codes() -> dict[type[Exception], int]:
     from codex_ml.checkpoint import CheckpointError
     from codex_ml.data import DataError
-    from codex_ml.durable import FolderInUse, StorageError
+    from codex_ml.durable import StorageError
     from codex_ml.loop import NonFiniteLoss
     from codex_ml.losses import LossError
     from codex_ml.models import ModelError
     from codex_ml.optimizers import OptimizerError
     from codex_ml.registry import ArgumentError, PluginError, UnknownName
+    from codex_ml.run_folder import FolderInUse
     from codex_ml.tokenizers import TokenizerError
 
     wrong = (ConfigError, DataError, ModelError, OptimizerError, ArgumentError, PluginError, UnknownName, LossError, TokenizerError)

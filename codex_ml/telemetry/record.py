@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-# %% ../../nbs/30_record.ipynb #bd39aa97
+# %% ../../nbs/30_record.ipynb #39d4e842
 SCHEMA = "codex_ml/metrics.v1"
 SCHEMA_VERSION = "v1"
 
@@ -24,20 +24,21 @@ def utc_timestamp() -> str:
 
 def scalar_record(run_id: str, step: int, split: str, metric: str, value: Any, dataset: str | None = None,
                   tags: Mapping[str, Any] | None = None, timestamp: str | None = None) -> dict[str, Any]:
-    """The record of one number: `value` is anything that `float` takes but text (a 0-d tensor, a NumPy scalar).
+    """The record of one value: a text, or anything that `float` takes (a truth value, a tensor or NumPy array of one element).
 
-    `step` counts micro-batches from the start of the run. Raises `TypeError`, naming the metric, for a value that is no number.
+    `step` counts micro-batches from the start of the run. Raises `TypeError`, naming the metric, for a value of another kind.
     """
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("text is not a number")
-        number = float(value.item() if hasattr(value, "item") else value)
+        plain = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, (bytes, bytearray)):  # float would parse them
+            raise TypeError("bytes are neither number nor text")
+        plain = str(plain) if isinstance(plain, str) else float(plain)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with many elements
         kind = type(value).__name__
         raise TypeError(f"the metric {metric!r} is a {kind}, not one number: {error}. Log a float.") from error
     return {
         "$schema": SCHEMA, "schema_version": SCHEMA_VERSION, "timestamp": timestamp or utc_timestamp(), "run_id": run_id,
-        "step": operator.index(step), "split": split, "metric": metric, "value": number, "dataset": dataset, "tags": dict(tags or {}),
+        "step": operator.index(step), "split": split, "metric": metric, "value": plain, "dataset": dataset, "tags": dict(tags or {}),
     }
 
 # %% ../../nbs/30_record.ipynb #c230a3f3

@@ -23,13 +23,13 @@ import torch
 from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, storage_errors,
                               temporary, verified_copy, write_file, write_json)
 
-# %% ../nbs/21_checkpoint.ipynb #8617df73
+# %% ../nbs/21_checkpoint.ipynb #14136610
 class CheckpointError(RuntimeError):
     "A state that cannot be saved, or a run that cannot be resumed as asked."
 
 
 def _canonical_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -85,7 +85,7 @@ def deserialize(file: BinaryIO) -> Any:
         raise CorruptFile("its archive has compressed, doubled or overlapping entries")
     return torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
 
-# %% ../nbs/21_checkpoint.ipynb #d8fe3240
+# %% ../nbs/21_checkpoint.ipynb #8ad62a7b
 _names = re.compile(r"(epoch)-([0-9]{4,12})|(step)-([0-9]{8,15})", re.ASCII)
 
 
@@ -114,9 +114,11 @@ class Checkpoint:
         return self.metadata.get("checkpoint_sha256")
 
     @property
-    def place(self) -> float:
-        "Steps since the start of the run: the order of checkpoints. One without metadata counts as newest, to be looked at first."
-        return self.metadata.get("global_step", float("inf"))
+    def place(self) -> tuple[float, int]:
+        "Epochs complete, then steps: the order of checkpoints. A step checkpoint without metadata counts as newest, to be looked at first."
+        if self.is_epoch:
+            return self.epoch, 0
+        return self.epoch if self.metadata else float("inf"), int(self.name[5:])
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -127,7 +129,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     numbers = (metadata.get("epoch"), metadata.get("global_step"))
     sha256 = metadata.get("checkpoint_sha256")
     good = all(type(n) is int and n >= 0 for n in numbers) and isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
-    return metadata if good else {}
+    own = numbers[0 if folder.name.startswith("epoch-") else 1] == int(folder.name.rpartition("-")[2])  # not a copy of another's
+    return metadata if good and own else {}
 
 
 def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
@@ -137,7 +140,7 @@ def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
         return []
     folders = [p for p in root.iterdir() if _names.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     found = [Checkpoint(p, _read_metadata(p)) for p in folders]
-    return sorted(found, key=lambda c: (c.place, c.is_epoch, c.epoch), reverse=True)
+    return sorted(found, key=lambda c: c.place, reverse=True)
 
 # %% ../nbs/21_checkpoint.ipynb #778e0b62
 def utc_now() -> str:

@@ -54,10 +54,15 @@ def test_a_live_line_is_covered_wholly(clock):
     for step, loss in [(1, 1.23456789), (2, 1.0), (3, 123456.789), (4, 2.0)]:
         clock.now += 1
         display.step(1, step, 4, loss, 1e-3)
-    display.note("short")
-    assert screen(stream.getvalue(), 80) == ["short", "epoch 1/3  step 4/4  100%  loss 2.000  lr 0.001  1.0 steps/s  0:08 left"]
-    stream.write("^C")  # the terminal's own echo of a key
+    line = "epoch 1/3  step 4/4  100%  loss 2.000  lr 0.001  1.0 steps/s  0:08 left"
+    assert screen(stream.getvalue(), 80) == [line]
     clock.now += 1
+    display.view.show({"epoch": "x"})
+    assert screen(stream.getvalue(), 80) == ["x"]
+    display.view.show({"epoch": "a longer line"})
+    display.note("short")
+    assert screen(stream.getvalue(), 80) == ["short", "a longer line"]
+    stream.write("^C")  # the terminal's own echo of a key
     display.step(1, 4, 4, 2.0, 1e-3)
     display.epoch(1, {"train_loss": 2.0, "note": "a\nb"})
     display.close()
@@ -123,6 +128,11 @@ def test_one_step_or_none_in_the_first_epoch(clock):
             display.step(1, step + 1, steps, 1.0, 1e-3)
         display.epoch(1, {})
         assert stream.getvalue() == "epoch 1/1  0:05\n"
+        for step in range(4):
+            clock.now += 1
+            display.step(2, step + 1, 4, 1.0, 1e-3)
+        display.epoch(2, {})
+        assert stream.getvalue().endswith(f"epoch 2/1  1.0 steps/s  0:0{3 + steps}\n")
 
 
 @pytest.mark.parametrize("width,expected", [

@@ -45,8 +45,7 @@ sync: $(VENV)/dev.stamp ## clean the notebooks, write codex_ml/ and README.md an
 	@$(PY) -m tools.readme
 
 outputs: $(VENV)/dev.stamp ## run the notebooks and keep what they print (examples excepted); ARGS=nbs/00_durable.ipynb
-	@$(PY) -m tools.nbtest --save --jobs $(JOBS) $(ARGS)
-	@$(MAKE) --no-print-directory sync
+	@$(PY) -m tools.nbtest --save --jobs $(JOBS) $(ARGS); status=$$?; $(MAKE) --no-print-directory sync && exit $$status
 
 clean: ## remove everything that these commands made, except your results in runs/
 	rm -rf $(VENV) _docs _proc build codex_ml.egg-info .pytest_cache .ruff_cache .hypothesis nbs/_quarto.yml
@@ -68,10 +67,10 @@ types: $(VENV)/dev.stamp
 	@PYRIGHT_PYTHON_GLOBAL_NODE=0 $(PY) -m pyright --pythonpath $(PY)
 
 nbtest: $(VENV)/dev.stamp
-	@$(PY) -m tools.nbtest --jobs $(JOBS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m tools.nbtest --jobs $(JOBS) $(ARGS)
 
 pytest: $(VENV)/dev.stamp
-	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # ---- set-up: a stamp says that an installation was finished for these two files
 

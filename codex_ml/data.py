@@ -168,7 +168,7 @@ def _start_worker(seed: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seed_everything(key(seed, "worker"))  # the same in every worker, so that their number does not matter
 
-# %% ../nbs/10_data.ipynb #0cab902b
+# %% ../nbs/10_data.ipynb #1becbffd
 class DatasetBatches:
     "Batches of a map-style dataset, loaded here (`num_workers=0`) or by workers, collated as `DataLoader` does."
 
@@ -184,8 +184,13 @@ class DatasetBatches:
         if start_step >= self.steps_per_epoch:
             return
         last = self.order.samples_per_epoch - (self.steps_per_epoch - 1) * self.order.batch_size
-        for step, batch in enumerate(self.loader, start_step + 1):
-            yield batch, last if step == self.steps_per_epoch else self.order.batch_size, step == self.steps_per_epoch
+        try:
+            for step, batch in enumerate(self.loader, start_step + 1):
+                yield batch, last if step == self.steps_per_epoch else self.order.batch_size, step == self.steps_per_epoch
+        except (ConnectionError, EOFError) as error:
+            if self.loader.num_workers and "in DataLoader worker process" not in str(error):  # not the dataset's own
+                raise RuntimeError("a DataLoader worker was killed (by hand, or for want of memory: set fewer num_workers)") from error
+            raise
 
     def close(self) -> None:
         "End the workers; without it they would live until the garbage collector comes by."

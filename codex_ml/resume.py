@@ -99,7 +99,7 @@ def _changed_environment(checkpoint: Checkpoint, surroundings: Mapping[str, Any]
                                + "; ".join(f"{name}: {old} then, {new} now" for name, old, new in rows))
     return rows
 
-# %% ../nbs/45_resume.ipynb #7607e209
+# %% ../nbs/45_resume.ipynb #d37a2640
 def _plain(value: Any) -> Any:
     "`value` as JSON can hold it; what is not finite is spelt out."
     if isinstance(value, Mapping):
@@ -131,9 +131,14 @@ class Saver:
             return  # this very place is saved already, or there is nothing to save yet
         checkpoint = self.folder.save(name, to_checkpoint(state), self._metadata(), run_manifest(**self.facts))
         self.after()
+        if checkpoint.is_epoch:
+            self.prune()
+
+    def prune(self) -> None:
+        "Apply the retention policy, if there is one; the latest checkpoint is known to verify."
         policy = flatten(self.config.checkpoint.retention)
-        if checkpoint.is_epoch and any(value is not None for value in policy.values()):
-            self.retention = prune_checkpoints(self.folder.path, **policy, verified=(name,))
+        if self.folder.latest is not None and any(value is not None for value in policy.values()):
+            self.retention = prune_checkpoints(self.folder.path, **policy, verified=(self.folder.latest.name,))
 
     def _metadata(self) -> dict[str, Any]:
         state = self.run.state

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FolderInUse', 'FolderLock', 'RunFolder']
 
-# %% ../nbs/24_run_folder.ipynb #18f6b3d6
+# %% ../nbs/24_run_folder.ipynb #f1d48efb
 import errno
 import fcntl
 import json
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, save_checkpoint,
+from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, read_pointer, save_checkpoint,
                                  write_pointer)
 from .durable import CorruptFile, StorageError, read_json, storage_error, storage_errors, sweep, write_atomic
 
@@ -70,7 +70,7 @@ class FolderLock:
             _locked.remove(self.fd)
             os.close(self.fd)
 
-# %% ../nbs/24_run_folder.ipynb #f9b76c2b
+# %% ../nbs/24_run_folder.ipynb #84b036c4
 _OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "tokenizer.json", ".codex")
 
 
@@ -120,6 +120,11 @@ class RunFolder:
         later = [c.name for c in list_checkpoints(self.path) if c.place > checkpoint.place]
         if later:
             move_aside(self.path, later)
+        # what a process does after it has published a checkpoint, it may have been killed before
+        pointer, _ = read_pointer(self.path)
+        if pointer is None or pointer.get("path") != checkpoint.name or pointer.get("checkpoint_sha256") != checkpoint.sha256:
+            self._point_to(checkpoint, _read_or_nothing(checkpoint.folder/"run_manifest.json"))
+        drop_older_steps(self.path, checkpoint)
 
     def begin(self) -> Path | None:
         "This process starts a new run; what an earlier one left is moved aside. Returns where to, if there was something."
@@ -143,16 +148,20 @@ class RunFolder:
         "Make the checkpoint durable, then point to it, then drop the mid-epoch checkpoints that it replaces."
         facts = {**metadata, "parent_checkpoint_sha256": self.parent}
         checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest))
-        facts = checkpoint.metadata
-        write_pointer(self.path, {
-            "epoch": facts["epoch"], "path": name, "created_at": facts["created_at"], "model_params": manifest.get("model_params"),
-            **{k: facts[k] for k in ("optimizer_steps_total", "scheduler_type", "checkpoint_sha256", "schema_version", "global_step",
-                                     "checkpoint_bytes")}})
+        self._point_to(checkpoint, manifest)
         self.latest = checkpoint
         if checkpoint.is_epoch:
             self.parent = checkpoint.sha256
         drop_older_steps(self.path, checkpoint)
         return checkpoint
+
+    def _point_to(self, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
+        facts = checkpoint.metadata
+        write_pointer(self.path, {
+            "epoch": facts["epoch"], "path": checkpoint.name, "created_at": facts.get("created_at"),
+            "model_params": manifest.get("model_params"),
+            **{k: facts.get(k) for k in ("optimizer_steps_total", "scheduler_type", "checkpoint_sha256", "schema_version", "global_step",
+                                         "checkpoint_bytes")}})
 
     def need(self, size: int) -> None:
         "Raise `StorageError` before the first step if a checkpoint of about `size` bytes would not fit."

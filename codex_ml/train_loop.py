@@ -101,7 +101,7 @@ class _ToDisplay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.note(record.getMessage())
 
-# %% ../nbs/46_train_loop.ipynb #47dd55b9
+# %% ../nbs/46_train_loop.ipynb #dae98fcb
 def train(settings: Settings, parts: Parts) -> TrainingResult:
     "What `run_training` does once its arguments are sorted. After a SIGTERM the state is saved, then `SystemExit(143)` raised."
     begun, config = time.monotonic(), settings.config
@@ -134,6 +134,8 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
             facts = {"model_params": run.state.model_params, "data_fingerprint": data.fingerprint, "device": str(run.state.device),
                      "determinism_level": determinism_level(run.state.device), "environment": surroundings}
             run.save = saver = Saver(folder, run, config, identity, facts, sinks.flush)
+            if origin.checkpoint:
+                saver.prune()  # the process that saved it may have been killed before it could
         run.telemetry, run.display, run.asked_to_stop = sinks, display, lambda: interrupts.received is not None
         run.callbacks("on_train_start", run.state)
         status = _train(run, interrupts)

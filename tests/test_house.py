@@ -199,6 +199,16 @@ def unclean(name: str, nb: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def unsteady(name: str, nb: dict[str, Any]) -> list[str]:
+    """Stored outputs that would differ the next time or elsewhere: places, addresses, speeds."""
+    wrong = []
+    for i, cell in enumerate(nb["cells"]):
+        shown = json.dumps([{k: v for k, v in o.items() if k != "metadata"} for o in cell.get("outputs", [])])
+        for found in re.findall(r"/tmp/\w+|/home/\w+|/root/\w*|\bat 0x[0-9a-f]+|[\d.]+ steps/s", shown):
+            wrong.append(f"{name}, cell {i}: the stored output holds {found!r}")
+    return wrong
+
+
 def unintroduced(name: str, nb: dict[str, Any]) -> list[str]:
     """A notebook opens with its title and one sentence."""
     first = cell_source(nb["cells"][0]) if nb["cells"] else ""
@@ -208,7 +218,8 @@ def unintroduced(name: str, nb: dict[str, Any]) -> list[str]:
 def test_notebooks_are_small_and_clean() -> None:
     wrong = []
     for name, nb in notebooks().items():
-        wrong += too_large(name, nb, (NBS / name).stat().st_size) + unclean(name, nb) + unintroduced(name, nb)
+        wrong += too_large(name, nb, (NBS / name).stat().st_size) + unclean(name, nb)
+        wrong += unintroduced(name, nb) + unsteady(name, nb)
     assert wrong == []
 
 
@@ -221,6 +232,9 @@ def test_a_large_or_unclean_notebook_is_seen() -> None:
     assert unclean("n", notebook("1", outputs=[{"output_type": "execute_result", "execution_count": 3}]))
     assert unclean("n", notebook("1", outputs=[{"output_type": "error"}])) and unclean("n", notebook(" "))
     assert unclean("n", {**notebook("1"), "metadata": {"language_info": {}}})
+    assert unsteady("n", notebook("1", outputs=[{"output_type": "stream", "text": ["loss 0.5\n"]}])) == []
+    for text in ("/tmp/tmpab12/run", "at 0x7f12", "95.3 steps/s", "/root/x"):
+        assert unsteady("n", notebook("1", outputs=[{"output_type": "stream", "text": [text]}]))
     assert unintroduced("n", notebook("# data\n\n> What it is for.")) == []
     assert unintroduced("n", notebook("# data\n\nWhat it is for."))
 

@@ -20,7 +20,6 @@ from nbformat import NotebookNode, from_dict
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 
-# Four backticks: the output may hold three.
 TEMPLATE = """
 {%- extends 'markdown/index.md.j2' -%}
 {% block input %}{% if cell.source.strip() %}
@@ -136,7 +135,8 @@ def to_markdown(notebook: Path, module: str | None = None, output_class: str = "
     assert isinstance(nb, NotebookNode)
 
     def fence(text: str) -> str:
-        return f"````{output_class}\n{text.rstrip()}\n````"
+        ticks = "````" if "```" in text else "```"
+        return f"{ticks}{output_class}\n{text.rstrip()}\n{ticks}"
 
     exporter = MarkdownExporter(extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})], template_file="page.md.j2")
     exporter.environment.globals["fence"] = fence

@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'codex_ml.data.DataError': ('data.html#dataerror', 'codex_ml/data.py'),
                                'codex_ml.data.DatasetBatches': ('data.html#datasetbatches', 'codex_ml/data.py'),
                                'codex_ml.data.DatasetBatches.__init__': ('data.html#datasetbatches.__init__', 'codex_ml/data.py'),
+                               'codex_ml.data.DatasetBatches._hold_news': ('data.html#datasetbatches._hold_news', 'codex_ml/data.py'),
                                'codex_ml.data.DatasetBatches.close': ('data.html#datasetbatches.close', 'codex_ml/data.py'),
                                'codex_ml.data.DatasetBatches.epoch': ('data.html#datasetbatches.epoch', 'codex_ml/data.py'),
                                'codex_ml.data.GatheredBatches': ('data.html#gatheredbatches', 'codex_ml/data.py'),

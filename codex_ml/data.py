@@ -6,10 +6,11 @@
 __all__ = ['DataError', 'TensorSamples', 'TokenWindows', 'Order', 'Batches', 'GatheredBatches', 'DatasetBatches', 'batch_length',
            'IterableBatches', 'make_batches']
 
-# %% ../nbs/10_data.ipynb #c8225033
+# %% ../nbs/10_data.ipynb #350261ae
 import functools
 import itertools
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import Any, Protocol
@@ -168,7 +169,7 @@ def _start_worker(seed: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seed_everything(key(seed, "worker"))  # the same in every worker, so that their number does not matter
 
-# %% ../nbs/10_data.ipynb #1becbffd
+# %% ../nbs/10_data.ipynb #d075df16
 class DatasetBatches:
     "Batches of a map-style dataset, loaded here (`num_workers=0`) or by workers, collated as `DataLoader` does."
 
@@ -178,6 +179,7 @@ class DatasetBatches:
                                  num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
                                  worker_init_fn=functools.partial(_start_worker, order.seed), generator=torch.Generator(),
                                  collate_fn=getattr(dataset, "collate_fn", None))
+        self._news: Any = None  # torch's handler of SIGCHLD
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Any, int, bool]]:
         self.places.epoch, self.places.start_step = epoch, start_step
@@ -185,16 +187,28 @@ class DatasetBatches:
             return
         last = self.order.samples_per_epoch - (self.steps_per_epoch - 1) * self.order.batch_size
         try:
-            for step, batch in enumerate(self.loader, start_step + 1):
+            batches = iter(self.loader)
+            self._hold_news()
+            for step, batch in enumerate(batches, start_step + 1):
                 yield batch, last if step == self.steps_per_epoch else self.order.batch_size, step == self.steps_per_epoch
         except (ConnectionError, EOFError) as error:
             if self.loader.num_workers and "in DataLoader worker process" not in str(error):  # not the dataset's own
                 raise RuntimeError("a DataLoader worker was killed (by hand, or for want of memory: set fewer num_workers)") from error
             raise
 
+    def _hold_news(self) -> None:
+        # torch raises the death of a worker wherever the program stands, in the middle of a save, say. Without its handler it is found
+        # where the next batch is asked for: there every step so far is whole.
+        if self.loader.num_workers and threading.current_thread() is threading.main_thread():
+            if callable(signal.getsignal(signal.SIGCHLD)):
+                self._news = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def close(self) -> None:
         "End the workers; without it they would live until the garbage collector comes by."
         self.loader = ()
+        if self._news:
+            signal.signal(signal.SIGCHLD, self._news)
+            self._news = None
 
 # %% ../nbs/10_data.ipynb #6bc58977
 def batch_length(batch: Any) -> int:

@@ -1,7 +1,7 @@
 """The command line for the tests: `Shell` forks commands from one process that has imported everything.
 
-A command is what `python -m codex_ml.cli.train` does, but for the seconds that importing torch takes: its own process and process group, its
-own working folder, its output in files, signals as from a terminal.
+A command is what `python -m codex_ml.cli.train` does, but for the seconds that importing torch takes: its own process and process
+group, its own working folder, its output in files, signals as from a terminal.
 """
 
 import contextlib
@@ -111,10 +111,9 @@ def serve() -> None:
     """Answer questions from standard input until it closes."""
     import torch._dynamo  # noqa: F401  (torch's optimizers import it when the first is made)
 
-    import codex_ml.cli.train
-    import codex_ml.models
-    import codex_ml.train_loop  # noqa: F401
+    from codex_ml.settings import parse_overrides
 
+    parse_overrides(["epochs=1"])  # which imports Hydra
     for line in sys.stdin:
         question = json.loads(line)
         if pid := question.get("wait"):

@@ -92,7 +92,8 @@ def test_the_documented_program(shell, work):
     assert code == 0, err
     assert out.split()[-1] == pointer(work, "ck")["checkpoint_sha256"]
     assert json.loads((work / "ck" / "config.snapshot.json").read_text()) == {"epochs": 4, "model_name": "Tiny"}
-    assert json.loads((work / "ck" / "config.resolved.json").read_text())["values"]["model_name"] == {"value": "Tiny", "origin": "run_config"}
+    values = json.loads((work / "ck" / "config.resolved.json").read_text())["values"]
+    assert values["model_name"] == {"value": "Tiny", "origin": "run_config"}
 
 
 # ---- slips
@@ -103,30 +104,28 @@ SLIPS = {
     "epochs=true": "a whole number", "batch_size=0": "above 0", "learning_rate=nan": "a number", "learning_rate=fast": "a number",
     "checkpoint.resume=maybe": "true or false", "on_nan=explode": "error, warn, ignore", "progress=fancy": "auto, live, lines, off",
     "seed=4294967296": "4294967295", "seed=x": "a whole number", "checkpoint.retention.keep_last=0": "above 0", "epochs": "key=value",
-    "checkpoint.dir=''": "a path", "+epochs=3": "epochs=3", "~epochs": "epochs", "epochs=1,2": "a sweep", "scheduler=linear": "scheduler.type",
+    "checkpoint.dir=''": "a path", "+epochs=3": "epochs=3", "~epochs": "epochs", "epochs=1,2": "a sweep",
+    "scheduler=linear": "scheduler.type",
     "=5": "", "epochs=": "a whole number", "model_args=5": "key-value pairs", "eval_fraction=1": "below 1", "threads=0": "above 0",
-    "model_name=tinny": "did you mean 'tiny'?", "optimizer=adamv": "did you mean 'adamw'?", "scheduler.type=liniar": "did you mean 'linear'?",
+    "model_name=tinny": "did you mean 'tiny'?",
+    "optimizer=adamx": "did you mean 'adam'?", "scheduler.type=liniar": "did you mean 'linear'?",
     "tokenizer=bite": "did you mean 'byte'?", "data=no/such/file.txt": "no/such/file.txt", "model_args.dimm=3": "dim",
     "optimizer_args.betta=3": "betta", "device=tpu": "auto, cpu, cuda", "device=cuda:99": "device=cpu", "block_size=100000": "block_size",
-    "epochs=99999999999999999999": "", "checkpoint.dir='a\0b'": "",
 }
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_a_slip_is_one_line_and_writes_nothing(shell, work, slip):
     before = listing(work)
-    if "\0" in slip:
-        pytest.skip("no shell can pass a NUL")
-    code, out, err = shell.run(work, *TINY, "epochs=0" if "99999" in slip else "epochs=1", slip)
-    if "99999" in slip:
-        return
+    code, out, err = shell.run(work, *TINY, "epochs=1", slip)
     assert code == 2 and out == "", err
     assert err.startswith("codex_ml: ") and err.count("\n") == 1 and SLIPS[slip] in err
     assert listing(work) == before
 
 
-@pytest.mark.parametrize(("line", "hint"), (("epoch = 3", "did you mean 'epochs'?"), ("epochs = three", "a whole number"), ("epochs", "settings.ini"),
-                                            ("epochs = 1\nepochs = 2", "settings.ini"), ("scheduler.type = liniar", "'linear'")))
+@pytest.mark.parametrize(("line", "hint"), (
+    ("epoch = 3", "did you mean 'epochs'?"), ("epochs = three", "a whole number"), ("epochs", "settings.ini"),
+    ("epochs = 1\nepochs = 2", "settings.ini"), ("scheduler.type = liniar", "'linear'")))
 def test_a_slip_in_settings_ini(shell, work, line, hint):
     (work / "settings.ini").write_text(f"[codex_ml]\n{line}\n")
     before = listing(work)
@@ -207,7 +206,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_ends_alike(shell, work, ex
     assert pointer(work)["path"].startswith("step-") and 100 <= pointer(work)["global_step"] < 750
     words = [*TINY, *LONG, "checkpoint.resume=true"]
     if number == signal.SIGINT:
-        hint = re.search(r"to go on: python -m codex_ml.cli.train (.*)$", command.stdout, re.MULTILINE)[1]
+        hint = re.search(r"to go on: \S+ -m codex_ml.cli.train (.*)$", command.stdout, re.MULTILINE)[1]
         assert shlex.split(hint) == words
     code, out, err = shell.run(work, *words)
     assert code == 0 and printed_hash(out) == expected, err

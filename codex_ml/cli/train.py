@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['usage', 'report', 'main']
 
-# %% ../../nbs/90_cli_train.ipynb #042cfa6d
+# %% ../../nbs/90_cli_train.ipynb #5d3ef214
+import shlex
 import sys
 from typing import Any
 
@@ -55,7 +56,7 @@ def _sample(result: Any) -> str:
     text = generate(result.model, result.data.tokenizer, prompt="def ", max_new_tokens=240)
     return "a sample of what it learnt:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n"
 
-# %% ../../nbs/90_cli_train.ipynb #3503da36
+# %% ../../nbs/90_cli_train.ipynb #c9c5dec5
 def main(words: list[str] | None = None) -> int:
     "Train as `words` (else the command line) say; returns the exit code. Errors that a user can mend are one line on stderr."
     words = sys.argv[1:] if words is None else words
@@ -85,8 +86,9 @@ def _train(words: list[str]) -> int:
     print(report(result))
     if result["status"] != "interrupted":
         return 0
-    resume = " ".join([*(word for word in words if not word.startswith("checkpoint.resume=")), "checkpoint.resume=true"])
-    print("interrupted" + (f"; to go on: python -m codex_ml.cli.train {resume}" if result["checkpoint_last"] else "; nothing was kept"))
+    once = {word.partition("=")[0]: word for word in [*words, "checkpoint.resume=true"]}  # of a key given twice, the last counts
+    command = " ".join([sys.executable, "-m", "codex_ml.cli.train", *(shlex.quote(word) for word in once.values())])
+    print("interrupted" + (f"; to go on: {command}" if result["checkpoint_last"] else "; nothing was kept"))
     return 130
 
 

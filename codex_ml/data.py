@@ -169,7 +169,7 @@ def _start_worker(seed: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seed_everything(key(seed, "worker"))  # the same in every worker, so that their number does not matter
 
-# %% ../nbs/10_data.ipynb #d075df16
+# %% ../nbs/10_data.ipynb #8b5c8305
 class DatasetBatches:
     "Batches of a map-style dataset, loaded here (`num_workers=0`) or by workers, collated as `DataLoader` does."
 
@@ -204,7 +204,10 @@ class DatasetBatches:
                 self._news = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def close(self) -> None:
-        "End the workers; without it they would live until the garbage collector comes by."
+        "End the workers; without it they would live until the garbage collector comes by, or as long as a traceback does."
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
         self.loader = ()
         if self._news:
             signal.signal(signal.SIGCHLD, self._news)

@@ -436,10 +436,10 @@ HOLD = """
     from codex_ml.run_folder import FolderLock
     with FolderLock(sys.argv[1]):
         if "fork" in sys.argv and os.fork() == 0:
-            print(os.getpid(), flush=True)
+            os.write(1, f"{os.getpid()}\\n".encode())  # one write, so that two processes' lines do not mix
             time.sleep(60)
             os._exit(0)
-        print("held", flush=True)
+        os.write(1, b"held\\n")
         time.sleep(60)
 """
 

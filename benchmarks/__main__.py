@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all where none is given")
     parser.add_argument("--quick", action="store_true", help="fewer turns and smaller states")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that torch uses where a benchmark does not say; its own choice without")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch where a benchmark does not say; else its own choice")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file as well")
     args = parser.parse_args()
     if unknown := set(args.names) - set(BENCHMARKS):

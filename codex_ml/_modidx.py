@@ -524,6 +524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'codex_ml/train_state.py'),
                                       'codex_ml.train_state._copied': ('train_state.html#_copied', 'codex_ml/train_state.py'),
                                       'codex_ml.train_state._differences': ('train_state.html#_differences', 'codex_ml/train_state.py'),
+                                      'codex_ml.train_state._laid_out_as': ('train_state.html#_laid_out_as', 'codex_ml/train_state.py'),
                                       'codex_ml.train_state._shapes': ('train_state.html#_shapes', 'codex_ml/train_state.py'),
                                       'codex_ml.train_state.apply_lrs': ('train_state.html#apply_lrs', 'codex_ml/train_state.py'),
                                       'codex_ml.train_state.current_lrs': ('train_state.html#current_lrs', 'codex_ml/train_state.py'),

@@ -103,7 +103,7 @@ def to_checkpoint(state: TrainState) -> dict[str, Any]:
         "gradients": gradients,
     }
 
-# %% ../nbs/41_train_state.ipynb #34cbf177
+# %% ../nbs/41_train_state.ipynb #a2dd9875
 def mismatches(state: TrainState, saved: Mapping[str, Any]) -> list[str]:
     "Why the saved model and optimizer cannot be restored into the live ones; empty where they can."
     if saved.get("schema_version") != SCHEMA_VERSION:
@@ -135,6 +135,11 @@ def _copied(value: Any) -> Any:
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
+def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    # A checkpoint holds contiguous tensors; fused kernels pair a parameter with its moments by memory, so their strides must agree.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def restore(state: TrainState, saved: Mapping[str, Any], hyperparameters: bool = True) -> None:
     """Put a saved state, one without `mismatches`, into the live one.
 
@@ -143,6 +148,10 @@ def restore(state: TrainState, saved: Mapping[str, Any], hyperparameters: bool =
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(_copied(saved["optimizer"]))  # it keeps the tensors it is given, and these are mapped from a file
+    for parameter, moments in state.optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                moments[name] = _laid_out_as(parameter, value)
     if not hyperparameters:
         for group, live in zip(state.optimizer.param_groups, settings, strict=True):
             group.update(live)
@@ -154,4 +163,4 @@ def restore(state: TrainState, saved: Mapping[str, Any], hyperparameters: bool =
     state.loss_history = list(saved["loss_history"])
     parameters = dict(state.model.named_parameters())
     for name, gradient in saved["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+        parameters[name].grad = _laid_out_as(parameters[name], gradient)

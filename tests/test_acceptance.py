@@ -338,6 +338,25 @@ def test_a_second_terminal_is_refused(workspace):
     assert done.returncode == 3 and f"pid {os.getpid()}" in done.stderr
 
 
+@pytest.mark.parametrize("optimizer", (torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)))
+@pytest.mark.parametrize("stop", (3, 5))
+def test_exact_with_channels_last(tmp_path, optimizer, stop):
+    class StopAt:
+        def on_step_end(self, step, state):
+            if step == stop:
+                state.request_stop()
+
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2)).to(
+            memory_format=torch.channels_last)
+
+    images = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    job = {"model": net, "data": (images, Y), "optimizer": optimizer, "epochs": 2, "grad_accum": 2, "learning_rate": 0.01}
+    whole = train(tmp_path / "whole", **job)
+    train(tmp_path / "run", callbacks=[StopAt()], **job)
+    assert train(tmp_path / "run", resume=True, **job)["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_exact_on_cuda(tmp_path):
     class StopAt:

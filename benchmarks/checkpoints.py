@@ -46,13 +46,13 @@ def save(folder: Path, quick: bool) -> list[Figure]:
 
 
 def load(folder: Path, quick: bool) -> list[Figure]:
-    """A verified load: it cannot be faster than the hash, and should not be slower."""
+    """A verified load: it cannot be faster than the hash, and should be hardly slower."""
     checkpoint = save_checkpoint(folder, "epoch-0001", state_of(64 if quick else 256), dict(PLACE), {})
     path = checkpoint.folder / "checkpoint.pt"
     ours, hashed, plain = in_turn(3 if quick else 11, lambda: timed(lambda: load_checkpoint(checkpoint)),
                                   lambda: timed(lambda: sha256_file(path)), lambda: timed(lambda: torch.load(path, weights_only=True)))
     both = [h + p for h, p in zip(hashed, plain, strict=True)]
-    rivals = (("sha256_file", hashed, None), ("torch.load, unverified", plain, None), ("sha256_file, then torch.load", both, 1.0))
+    rivals = (("sha256_file", hashed, 1.1), ("torch.load, unverified", plain), ("sha256_file, then torch.load", both))
     return [Figure("verified load", "ms", "load_checkpoint", ours, *rival) for rival in rivals]
 
 
@@ -63,7 +63,7 @@ from pathlib import Path
 from benchmarks.checkpoints import PLACE, save_checkpoint, state_of
 
 def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 folder, megabytes = Path(sys.argv[1]), int(sys.argv[2])
 state = state_of(megabytes)
@@ -76,7 +76,9 @@ print(peak() - before)
 
 
 def memory(folder: Path, quick: bool) -> list[Figure]:
-    """How far a save raises the peak of a process that holds the state, and has saved a small one before."""
+    """How far a save raises the peak of a process that holds the state, and has saved a small one before. On Linux only."""
+    if not Path("/proc/self/clear_refs").exists():
+        return []
     megabytes = 64 if quick else 256
     done = subprocess.run([sys.executable, "-c", PEAK, folder, str(megabytes)], stdout=subprocess.PIPE, text=True, check=True)
     return [Figure("memory of a save", "MB", "peak above the state", [float(done.stdout)], "the state itself", [megabytes], target=0.1)]

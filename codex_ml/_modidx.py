@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'codex_ml.loop._after_step': ('loop.html#_after_step', 'codex_ml/loop.py'),
                                'codex_ml.loop._not_finite': ('loop.html#_not_finite', 'codex_ml/loop.py'),
                                'codex_ml.loop._take_losses': ('loop.html#_take_losses', 'codex_ml/loop.py'),
+                               'codex_ml.loop.drop_gradients': ('loop.html#drop_gradients', 'codex_ml/loop.py'),
                                'codex_ml.loop.evaluate_epoch': ('loop.html#evaluate_epoch', 'codex_ml/loop.py'),
                                'codex_ml.loop.finish_epoch': ('loop.html#finish_epoch', 'codex_ml/loop.py'),
                                'codex_ml.loop.save_place': ('loop.html#save_place', 'codex_ml/loop.py'),

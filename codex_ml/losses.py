@@ -26,7 +26,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)  # pyright: ignore[reportCallIssue]
     return batch
 
-# %% ../nbs/16_losses.ipynb #37fbd119
+# %% ../nbs/16_losses.ipynb #f4d37383
 class LossError(TypeError):
     "No loss follows from this batch and this output, or it is not one number."
 
@@ -45,7 +45,9 @@ def _between(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if output.shape == target.shape:
             return F.mse_loss(output, target)
     elif output.shape[:-1] == target.shape:  # tokens or classes, the scores last
-        return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1).long())
+        if output.ndim > 2:
+            output, target = output.flatten(0, -2), target.flatten()
+        return F.cross_entropy(output, target.long())
     elif output.shape[:1] + output.shape[2:] == target.shape:  # a class for each place, the scores second: torch's own order
         return F.cross_entropy(output, target.long())
     raise LossError(f"no loss follows from an output of shape {tuple(output.shape)} and a target of shape {tuple(target.shape)} "

@@ -148,6 +148,13 @@ def test_files_of_another_epoch(three, file):
     assert any("epoch-0003" in problem for problem in problems)
 
 
+def test_an_older_state_that_is_recorded_as_the_newer(three):
+    """The hash is right, and the content is of another place: a rollback."""
+    forge(three / "epoch-0003", (three / "epoch-0001" / "checkpoint.pt").read_bytes())
+    checkpoint, state, problems = newest_verified(three)
+    assert checkpoint.name == "epoch-0002" and same(state, state_of(2)) and "another place" in problems[0]
+
+
 def test_a_step_folder_with_the_files_of_another(tmp_path):
     for step in (5, 8):
         save(tmp_path, 0, f"step-{step:08d}", global_step=step)
@@ -157,12 +164,11 @@ def test_a_step_folder_with_the_files_of_another(tmp_path):
     assert checkpoint.name == "step-00000005" and state["global_step"] == 5 and "step-00000008" in problems[0]
 
 
-def forge(folder, file, content, rehash=True):
+def forge(folder, content):
     """Put `content` in the place of a checkpoint, with its hash recorded as right."""
-    (folder / file).write_bytes(content)
-    if rehash:
-        path = folder / "metadata.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_sha256": sha256_file(folder / "checkpoint.pt")}))
+    (folder / "checkpoint.pt").write_bytes(content)
+    path = folder / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_sha256": sha256_file(folder / "checkpoint.pt")}))
 
 
 @pytest.mark.parametrize("sha", ("A" * 64, "0" * 63, "0" * 65, "g" * 64, None, 5, "", ["0" * 64], "0" * 64 + "\n"))
@@ -290,7 +296,7 @@ def twice(path):
 @pytest.mark.parametrize("what", FORGED)
 def test_a_forged_archive_runs_no_code_and_is_passed_over(three, real, tmp_path, what):
     canary = tmp_path / "canary"
-    forge(real.parent, "checkpoint.pt", FORGED[what](real, canary))
+    forge(real.parent, FORGED[what](real, canary))
     checkpoint, state, problems = newest_verified(three)
     assert not canary.exists()
     assert checkpoint.name == "epoch-0002" and same(state, state_of(2))
@@ -304,7 +310,7 @@ def test_the_canary_would_sing(real, tmp_path):
 
 
 def test_a_bomb_is_refused_before_it_swells(real):
-    forge(real.parent, "checkpoint.pt", rezip(real, add=[("archive/data/9", bytes(300 << 20))], compression=zipfile.ZIP_DEFLATED))
+    forge(real.parent, rezip(real, add=[("archive/data/9", bytes(300 << 20))], compression=zipfile.ZIP_DEFLATED))
     script = """
         import resource, sys
         from codex_ml.checkpoint import CorruptFile, list_checkpoints, load_checkpoint

@@ -48,7 +48,7 @@ outputs: $(VENV)/dev.stamp ## run the notebooks and keep what they print (exampl
 	@$(PY) -m tools.nbtest --save --jobs $(JOBS) $(ARGS); status=$$?; $(MAKE) --no-print-directory sync && exit $$status
 
 clean: ## remove everything that these commands made, except your results in runs/
-	rm -rf $(VENV) _docs _proc build codex_ml.egg-info .pytest_cache .ruff_cache .hypothesis nbs/_quarto.yml
+	rm -rf $(VENV) .codex _docs _proc build codex_ml.egg-info .pytest_cache .ruff_cache .hypothesis nbs/_quarto.yml
 	find . -name runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 	find nbs -name .last_checked -exec rm -f {} +
 

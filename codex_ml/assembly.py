@@ -70,7 +70,7 @@ def open_run_data(config: TrainConfig, parts: Parts) -> Data:
                      vocab_size=config.vocab_size, block_size=config.block_size, text_field=config.text_field,
                      eval_fraction=config.eval_fraction, saved_tokenizer=saved)
 
-# %% ../nbs/44_assembly.ipynb #ac51f7e0
+# %% ../nbs/44_assembly.ipynb #c1bc0008
 def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
     "A run at its first step."
     device, seed = choose_device(config.device), resolve_seed(config.seed)
@@ -91,6 +91,10 @@ def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
                save_every=config.checkpoint.every_steps, log_every=config.log_every_steps, callbacks=Callbacks(parts.callbacks))
 
 
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in group.items() if name != "params"}
+
+
 def identity_of(config: TrainConfig, parts: Parts, data: Data, run: Run, threads: int) -> dict[str, Any]:
     "The keys that decide a run's bits, with what the data and the machine made of them."
     flat = flatten(config)
@@ -100,5 +104,6 @@ def identity_of(config: TrainConfig, parts: Parts, data: Data, run: Run, threads
     if parts.model is not None:
         identity["model_name"] = None  # an object, which is known by the names and shapes of its weights
     if parts.optimizer is not None:
-        identity["optimizer"] = type(run.state.optimizer).__name__
+        groups = run.state.optimizer.param_groups
+        identity |= {"optimizer": type(run.state.optimizer).__name__, "optimizer_groups": [_settings(group) for group in groups]}
     return json.loads(json.dumps(identity, default=str))  # as it will be read back: a tuple is a list there

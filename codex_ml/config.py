@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'UNDERSCORED', 'CHOICES', 'RetentionConfig', 'CheckpointConfig', 'SchedulerConfig', 'ReproducibilityConfig',
-           'TrainConfig', 'ConfigError', 'known_key', 'flatten', 'set_key', 'default_of', 'type_name', 'from_text',
-           'check']
+           'TrainConfig', 'ConfigError', 'known_key', 'flatten', 'given', 'set_key', 'default_of', 'type_name',
+           'from_text', 'check']
 
 # %% ../nbs/04_config.ipynb #fe10e991
 import math
@@ -15,9 +15,25 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .registry import nearest
 
-# %% ../nbs/04_config.ipynb #6a9c6b0b
+# %% ../nbs/04_config.ipynb #232ba3b2
+class _Remembers:
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        self = super().__new__(cls)
+        first = (f.name for f in fields(cls)[:len(values)])  # pyright: ignore[reportArgumentType]
+        self.__dict__ |= {"_given": {*first, *named}, "_made": False}
+        return self
+
+    def __post_init__(self) -> None:
+        self.__dict__["_made"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__["_made"]:
+            self.__dict__["_given"].add(name)
+        object.__setattr__(self, name, value)
+
+# %% ../nbs/04_config.ipynb #0539e3e5
 @dataclass
-class RetentionConfig:
+class RetentionConfig(_Remembers):
     "Which epoch checkpoints stay. All `None`: every one. The latest, the best and the newest verified stay in any case."
     keep_last: int | None = None  # the newest N epochs
     keep_every: int | None = None  # epochs that this number divides
@@ -27,7 +43,7 @@ class RetentionConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(_Remembers):
     "Where a run keeps its state, how often, and how it goes on from there."
     dir: str | None = None  # the run's folder; None keeps nothing
     resume: bool = False  # go on from the newest verified checkpoint in `dir`; false moves an earlier run aside
@@ -38,7 +54,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class SchedulerConfig:
+class SchedulerConfig(_Remembers):
     "How the learning rate changes: a factor of `learning_rate`, computed from the position alone."
     type: str = "constant"  # constant, linear, step, cosine, or a registered name
     final_lr_scale: float = 0.0  # linear, cosine: the factor that is reached at the end
@@ -49,14 +65,14 @@ class SchedulerConfig:
 
 
 @dataclass
-class ReproducibilityConfig:
+class ReproducibilityConfig(_Remembers):
     "How far to go for equal bits."
     cudnn_deterministic: bool = False  # deterministic cuDNN kernels, benchmark off
     strict: bool = False  # refuse operations that have no deterministic form
 
-# %% ../nbs/04_config.ipynb #23bba9d7
+# %% ../nbs/04_config.ipynb #a9216da2
 @dataclass
-class TrainConfig:
+class TrainConfig(_Remembers):
     "Everything that a run can be told by name. Defaults train a small GPT on the source of Python's standard library."
     epochs: int = 5
     seed: int | None = 1234  # None and 0 mean 1234
@@ -119,7 +135,7 @@ def known_key(key: str, where: str = "") -> str:
     guess = _OFTEN_MEANT.get(key) or nearest(key, KEYS)
     raise ConfigError(f"{where}there is no key {key!r}" + (f": did you mean {guess!r}?" if guess else f"; the keys are {', '.join(KEYS)}"))
 
-# %% ../nbs/04_config.ipynb #885cb043
+# %% ../nbs/04_config.ipynb #40e37216
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     "Dotted key → value, in the order of the fields."
     result = {}
@@ -129,11 +145,23 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def given(config: Any, prefix: str = "") -> set[str]:
+    "The dotted keys that somebody set, be it to their default."
+    keys = set()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            keys |= given(value, f"{prefix}{f.name}.")
+        elif f.name in config._given:
+            keys.add(prefix + f.name)
+    return keys
+
+
 def set_key(config: Any, key: str, value: Any) -> None:
     "Set the field at a dotted key; entries of dict fields may be named."
     *path, last = key.split(".")
     for name in path:
-        config = config[name] if isinstance(config, dict) else getattr(config, name)
+        config = config.setdefault(name, {}) if isinstance(config, dict) else getattr(config, name)
     if isinstance(config, dict):
         config[last] = value
     else:
@@ -184,7 +212,7 @@ def from_text(key: str, text: str) -> Any:
             continue
     raise ConfigError(f"{key} = {text}: it takes {type_name(hint)}")
 
-# %% ../nbs/04_config.ipynb #6ae563bb
+# %% ../nbs/04_config.ipynb #c69632f5
 CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step")}
 _AT_LEAST = {"epochs": 0, "seed": 0, "learning_rate": 0, "weight_decay": 0, "num_workers": 0, "scheduler.warmup": 0,
              "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0}
@@ -211,6 +239,8 @@ def check(config: TrainConfig, origins: dict[str, str] | None = None) -> None:
             refuse(key, value, "a number from 0 on")
     if config.seed is not None and config.seed >= 2**32:
         refuse("seed", config.seed, f"a whole number up to {2**32 - 1}")
+    if (config.threads or 0) > 1024:  # beyond what a process is given, starting them ends in a crash
+        refuse("threads", config.threads, "a number up to 1024, or null")
     if config.eval_fraction >= 1:
         refuse("eval_fraction", config.eval_fraction, "a number below 1")
     for key in ("checkpoint.dir", "metrics_out", "data"):

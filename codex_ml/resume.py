@@ -26,7 +26,7 @@ from .utils.retention import prune_checkpoints
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/45_resume.ipynb #ef5e77c4
+# %% ../nbs/45_resume.ipynb #38618b3f
 @dataclass
 class Origin:
     "Where a run goes on from, and what was found on the way."
@@ -55,7 +55,8 @@ def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[
             origin.drift = _drift(folder, checkpoint, config, identity)
             origin.environment = _changed_environment(checkpoint, surroundings, origin)
             restore(run.state, saved, hyperparameters=not origin.drift)
-            run.history = list(checkpoint.metadata.get("metrics_history", []))
+            history = checkpoint.metadata.get("metrics_history")  # for people: the state does not depend on it
+            run.history = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
             folder.go_on(checkpoint)
             origin.checkpoint = checkpoint
     if origin.checkpoint is None and (aside := folder.begin()):

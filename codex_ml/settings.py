@@ -6,7 +6,7 @@
 __all__ = ['KEYWORDS', 'IDENTITY', 'find_settings', 'read_settings', 'parse_overrides', 'parse_keywords', 'Settings', 'resolve',
            'config_sha256', 'drift', 'drift_table']
 
-# %% ../nbs/05_settings.ipynb #3d5b7b51
+# %% ../nbs/05_settings.ipynb #a1673857
 import configparser
 import copy
 import hashlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from .config import (KEYS, UNDERSCORED, ConfigError, TrainConfig, check, default_of, flatten, from_text,
+from .config import (KEYS, UNDERSCORED, ConfigError, TrainConfig, check, default_of, flatten, from_text, given,
                              known_key, set_key, type_name)
 from .registry import nearest
 
@@ -130,7 +130,7 @@ def _group(name: str, prefix: str, value: Any) -> dict[str, Any]:
 def _members(prefix: str) -> list[str]:
     return [key[len(prefix) + 1:] for key in KEYS if key.startswith(prefix + ".")]
 
-# %% ../nbs/05_settings.ipynb #a98f0556
+# %% ../nbs/05_settings.ipynb #d0eb3d97
 @dataclass(frozen=True)
 class Settings:
     "A checked configuration, where each of its values came from, and what is worth a remark."
@@ -148,7 +148,8 @@ def resolve(config: TrainConfig | None = None, *, run_config: Mapping[str, Any] 
     if config is not None:
         if not isinstance(config, TrainConfig):
             raise ConfigError(f"config is a {type(config).__name__}: it takes a TrainConfig; pass single keys as keywords, as in epochs=3")
-        layers.append(("TrainConfig", {k: v for k, v in flatten(config).items() if v != default_of(k)}))
+        asked = given(config)
+        layers.append(("TrainConfig", {k: v for k, v in flatten(config).items() if k in asked or v != default_of(k)}))
     recorded, notes = _from_run_config(run_config or {})
     layers += [("run_config", recorded), ("argument", parse_keywords(keywords or {}))]
     if overrides:

@@ -82,9 +82,15 @@ def apply_lrs(state: TrainState) -> None:
         else:
             group["lr"] = rate
 
-# %% ../nbs/41_train_state.ipynb #001be547
+# %% ../nbs/41_train_state.ipynb #c5fb8e1e
 _PLACE = ("epoch", "step", "global_step", "optimizer_steps_total", "optimizer_steps_epoch", "accumulated", "loss_sum", "loss_samples")
 SCHEMA_VERSION = "v1"
+
+
+def _unshared(optimizer: dict[str, Any]) -> dict[str, Any]:
+    # One tensor as the rate of several groups would be several after a resume, and equal states have equal bytes.
+    groups = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items()} for group in optimizer["param_groups"]]
+    return {**optimizer, "param_groups": groups}
 
 
 def to_checkpoint(state: TrainState) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def to_checkpoint(state: TrainState) -> dict[str, Any]:
         "loss_history": state.loss_history,
         "scheduler": {"type": state.scheduler.type, "interval": state.scheduler.interval, "base_lrs": state.base_lrs},
         "optimizer_type": type(state.optimizer).__name__,
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": _unshared(state.optimizer.state_dict()),
         "model": state.model.state_dict(),
         "gradients": gradients,
     }

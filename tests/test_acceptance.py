@@ -1,13 +1,10 @@
-"""What a user is promised, each promise by a real run: figures, files, the command line, refusals."""
+"""What a user is promised, each promise by a real run: figures, files, refusals. (The command line: test_cli.)"""
 
 import hashlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,6 @@ import torch
 from torch import nn
 
 from codex_ml.checkpoint import CheckpointError, list_checkpoints
-from codex_ml.cli.train import main
 from codex_ml.durable import StorageError
 from codex_ml.loop import NonFiniteLoss
 from codex_ml.run_folder import FolderInUse, RunFolder
@@ -29,11 +25,6 @@ SMALL = {"data": (X, Y), "model": "mlp", "batch_size": 8, "progress": "off", "th
 
 def train(folder: Path | None = None, **keywords):
     return run_training(checkpoint_dir=folder, **SMALL | keywords)
-
-
-def cli(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "codex_ml.cli.train", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
 # ---- figures
@@ -249,93 +240,7 @@ def test_snapshots_are_kept(tmp_path):
     assert json.loads((tmp_path / "config.snapshot.0001.json").read_text()) == {"note": "first"}
 
 
-# ---- the command line
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    """A working folder whose settings.ini makes the default run short."""
-    (tmp_path / "settings.ini").write_text("[codex_ml]\nsteps_per_epoch = 4\neval_steps = 1\nmodel_name = tiny\nbatch_size = 4\n")
-    return tmp_path
-
-
-def test_the_line_of_the_documentation(workspace):
-    line = """epochs=5 checkpoint.dir=artifacts/ck checkpoint.resume=true scheduler.type=linear scheduler.final_lr_scale=0.3
-              reproducibility.cudnn_deterministic=true checkpoint.retention.keep_last=2"""
-    done = cli(*line.split(), cwd=workspace)
-    assert done.returncode == 0, done.stderr
-    assert {"epoch-0004", "epoch-0005"} <= {p.name for p in (workspace / "artifacts" / "ck").iterdir()}
-    assert json.loads((workspace / "artifacts" / "ck" / "latest.json").read_text())["checkpoint_sha256"] in done.stdout
-
-
-def test_the_program_of_the_documentation(workspace):
-    program = """
-from codex_ml.train_loop import run_training
-
-result = run_training(
-    epochs=4,
-    checkpoint_dir="ck",
-    run_config={"epochs": 4, "model_name": "Tiny"},
-    retention_policy={"keep_last": 2},
-    deterministic_cudnn=True,
-)
-print(result["checkpoint_sha256_last"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=workspace, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((workspace / "ck" / "latest.json").read_text())["checkpoint_sha256"] == done.stdout.strip()
-    assert json.loads((workspace / "ck" / "config.snapshot.json").read_text()) == {"epochs": 4, "model_name": "Tiny"}
-
-
-@pytest.mark.parametrize(("word", "told"), (
-    ("epoch=5", "did you mean 'epochs'?"), ("epochs=five", "it takes a whole number"), ("epochs=-1", "a number from 0 on"),
-    ("scheduler.type=linaer", "linear"), ("model_name=gtp", "gpt"), ("optimizer=adamv", "adam"), ("data=stdlb", "stdlib"),
-    ("checkpoint.retention.keep_last=0", "a number above 0"), ("device=gpu", "device"), ("model_args.dmi=3", "dim"),
-    ("device=cuda:7", "device=cpu"), ("tokenizer=bpee", "bpe"), ("epochs=1,2", "sweep"), ("scheduler=1", "group of keys")))
-def test_a_slip_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, word, told):
-    monkeypatch.chdir(tmp_path)
-    assert main([word, "checkpoint.dir=runs/a"]) == 2
-    err = capsys.readouterr().err
-    assert told in err and len(err.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_a_slip_at_the_shell(tmp_path):
-    done = cli("model_name=gtp", "checkpoint.dir=runs/a", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
-
-
-def interrupted(workspace: Path, number: signal.Signals, *words: str) -> subprocess.Popen:
-    """A run of many steps that got a signal once it had its first checkpoint."""
-    words = ("checkpoint.dir=ck", "epochs=3", "steps_per_epoch=60", "checkpoint.every_steps=5", *words)
-    command = [sys.executable, "-m", "codex_ml.cli.train", *words]
-    child = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (workspace / "ck" / "latest.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(child.pid, number)  # as a terminal does: the whole group, loader workers too
-    child.output = child.communicate(timeout=60)
-    return child
-
-
-@pytest.mark.parametrize(("number", "code"), ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
-def test_signals_save_and_the_run_goes_on_to_the_same_hash(workspace, number, code):
-    child = interrupted(workspace, number)
-    assert child.returncode == code, child.output
-    latest = json.loads((workspace / "ck" / "latest.json").read_text())
-    assert latest["path"] == f"step-{latest['global_step']:08d}" and latest["global_step"] < 180
-    if number == signal.SIGINT:
-        assert "-m codex_ml.cli.train checkpoint.dir=ck" in child.output[0]
-    more = ("epochs=3", "steps_per_epoch=60", "checkpoint.resume=true")
-    assert cli("checkpoint.dir=ck", *more, cwd=workspace).returncode == 0
-    assert cli("checkpoint.dir=whole", *more, cwd=workspace).returncode == 0
-    ends = [json.loads((workspace / name / "latest.json").read_text())["checkpoint_sha256"] for name in ("ck", "whole")]
-    assert ends[0] == ends[1]
-
-
-def test_a_second_terminal_is_refused(workspace):
-    with RunFolder(workspace / "ck"):
-        done = cli("checkpoint.dir=ck", cwd=workspace)
-    assert done.returncode == 3 and f"pid {os.getpid()}" in done.stderr
+# ---- layouts and devices
 
 
 @pytest.mark.parametrize("optimizer", (torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)))

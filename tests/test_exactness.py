@@ -53,7 +53,7 @@ def test_stop_and_resume(zygote, whole, tmp_path, variation, scheduler, workers)
         assert resumed["checkpoint_sha256_last"] == expected, f"stopped at {stop}"
 
 
-@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("workers", (0, 1, 2))
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_second_and_third_resume(zygote, whole, tmp_path, variation, scheduler, workers):

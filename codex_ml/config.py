@@ -15,21 +15,23 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .registry import nearest
 
-# %% ../nbs/04_config.ipynb #232ba3b2
+# %% ../nbs/04_config.ipynb #5a6a9046
 class _Remembers:
+    __slots__ = ("_given", "_made")  # beside the fields, so that vars() and a comparison see the fields alone
+
     def __new__(cls, *values: Any, **named: Any) -> Any:
         self = super().__new__(cls)
         first = (f.name for f in fields(cls)[:len(values)])  # pyright: ignore[reportArgumentType]
-        self.__dict__ |= {"_given": {*first, *named}, "_made": False}
+        self._given, self._made = {*first, *named}, False
         return self
 
     def __post_init__(self) -> None:
-        self.__dict__["_made"] = True
+        self._made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__["_made"]:
-            self.__dict__["_given"].add(name)
         object.__setattr__(self, name, value)
+        if name not in _Remembers.__slots__ and self._made:
+            self._given.add(name)
 
 # %% ../nbs/04_config.ipynb #0539e3e5
 @dataclass

@@ -1,14 +1,16 @@
 """What a review found: each of these was wrong once."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
 
 from codex_ml import checkpoint
 from codex_ml.checkpoint import CheckpointError, list_checkpoints
-from codex_ml.config import ConfigError, TrainConfig
+from codex_ml.config import ConfigError, RetentionConfig, TrainConfig, given
 from codex_ml.settings import resolve
 from codex_ml.train_loop import run_training
 
@@ -31,6 +33,15 @@ def test_a_value_that_was_given_wins_though_it_is_the_default(tmp_path, monkeypa
     config = TrainConfig()
     config.scheduler.type = "constant"
     assert resolve(config).origins["scheduler.type"] == "TrainConfig" and resolve(config).origins["scheduler.gamma"] == "default"
+
+
+def test_what_was_given_is_no_field_and_survives_a_copy():
+    config = TrainConfig(epochs=5)
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config and given(twin) == {"epochs"}
+        twin.seed = 1
+        assert given(twin) == {"epochs", "seed"} and given(config) == {"epochs"}
+    assert list(vars(RetentionConfig())) == ["keep_last", "keep_every", "keep_best", "max_epochs", "max_bytes"]
 
 
 def test_entries_of_entries_and_too_many_threads():

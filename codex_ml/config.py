@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'UNDERSCORED', 'CHOICES', 'RetentionConfig', 'CheckpointConfig', 'SchedulerConfig', 'ReproducibilityConfig',
-           'TrainConfig', 'ConfigError', 'known_key', 'flatten', 'given', 'set_key', 'default_of', 'type_name',
-           'from_text', 'check']
+           'NdjsonConfig', 'SystemMetricsConfig', 'MonitoringConfig', 'TrainConfig', 'ConfigError', 'field_of',
+           'known_key', 'flatten', 'given', 'set_key', 'default_of', 'type_name', 'from_text', 'check']
 
-# %% ../nbs/04_config.ipynb #fe10e991
+# %% ../nbs/04_config.ipynb #43060e5a
+import json
 import math
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -33,7 +34,7 @@ class _Remembers:
         if name not in _Remembers.__slots__ and self._made:
             self._given.add(name)
 
-# %% ../nbs/04_config.ipynb #0539e3e5
+# %% ../nbs/04_config.ipynb #fddabc7b
 @dataclass
 class RetentionConfig(_Remembers):
     "Which epoch checkpoints stay. All `None`: every one. The latest, the best and the newest verified stay in any case."
@@ -72,7 +73,30 @@ class ReproducibilityConfig(_Remembers):
     cudnn_deterministic: bool = False  # deterministic cuDNN kernels, benchmark off
     strict: bool = False  # refuse operations that have no deterministic form
 
-# %% ../nbs/04_config.ipynb #a9216da2
+
+@dataclass
+class NdjsonConfig(_Remembers):
+    "How the file of metrics is kept."
+    max_bytes: int | None = None  # start a new file beyond this size; None: one file for the whole run
+    max_age: float | None = None  # the same beyond this age in seconds
+    backups: int = 5  # older files that are kept, compressed
+    fsync_seconds: float = 5.0  # how long a line may be known to the kernel only
+
+
+@dataclass
+class SystemMetricsConfig(_Remembers):
+    "What the sampler looks at."
+    extended: bool = False  # also single processes, energy, and the events of the GPU's driver
+
+
+@dataclass
+class MonitoringConfig(_Remembers):
+    "Watching a run. None of it changes a bit of it."
+    system_metrics: SystemMetricsConfig = field(default_factory=SystemMetricsConfig)
+    ndjson: NdjsonConfig = field(default_factory=NdjsonConfig)
+    alerts: dict[str, Any] = field(default_factory=dict)  # rules by name, e.g. nan=true
+
+# %% ../nbs/04_config.ipynb #40df881b
 @dataclass
 class TrainConfig(_Remembers):
     "Everything that a run can be told by name. Defaults train a small GPT on the source of Python's standard library."
@@ -101,10 +125,19 @@ class TrainConfig(_Remembers):
     on_nan: str = "error"  # a loss that is not finite: error, warn, ignore
     metrics_out: str | None = ".codex/metrics.ndjson"  # under the run's folder where there is one; None writes no metrics
     log_every_steps: int = 10
+    system_metrics_interval: float = 10.0  # seconds between two looks at the machine; 0 starts no thread
+    histogram_every_steps: int | None = None  # histograms of weights and gradients
+    tensorboard: bool = False
+    tensorboard_dir: str = "tensorboard"  # under the run's folder where there is one
+    wandb_enable: bool = False  # offline, unless WANDB_MODE says otherwise
+    mlflow_enable: bool = False
+    mlflow_dir: str = ".codex/mlflow"  # the store that the runs of a working folder share
+    mlflow_tracking_uri: str | None = None  # a server; nothing leaves the machine unless it is given here
     progress: str = "auto"  # auto, live, lines, off
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     reproducibility: ReproducibilityConfig = field(default_factory=ReproducibilityConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
 # %% ../nbs/04_config.ipynb #77dbe69e
 class ConfigError(ValueError):
@@ -125,11 +158,17 @@ _OFTEN_MEANT = {"lr": "learning_rate", "model": "model_name", "bs": "batch_size"
                 "dir": "checkpoint.dir", "checkpoint_dir": "checkpoint.dir", "dropout": "model_args.dropout",
                 "max_epochs": "epochs", "gradient_accumulation_steps": "grad_accum", "log_interval": "log_every_steps"}
 
-# %% ../nbs/04_config.ipynb #c24dd454
+# %% ../nbs/04_config.ipynb #4a2c3e85
+def field_of(key: str) -> str | None:
+    "The key whose value `key` is or stands in: `model_args` for the entry `model_args.dim`; None where there is no such key."
+    path = key.split(".")
+    heads = (".".join(path[:i]) for i in range(1, len(path)))
+    return key if key in KEYS else next((head for head in heads if get_origin(KEYS.get(head)) is dict), None)
+
+
 def known_key(key: str, where: str = "") -> str:
     "`key` if it is one (an entry of a dict field, `model_args.dim`, too); else `ConfigError` with the nearest."
-    head, _, entry = key.partition(".")
-    if key in KEYS or (entry and get_origin(KEYS.get(head)) is dict):
+    if field_of(key):
         return key
     if any(k.startswith(key + ".") for k in KEYS):
         inner = ", ".join(k for k in KEYS if k.startswith(key + "."))
@@ -137,7 +176,7 @@ def known_key(key: str, where: str = "") -> str:
     guess = _OFTEN_MEANT.get(key) or nearest(key, KEYS)
     raise ConfigError(f"{where}there is no key {key!r}" + (f": did you mean {guess!r}?" if guess else f"; the keys are {', '.join(KEYS)}"))
 
-# %% ../nbs/04_config.ipynb #40e37216
+# %% ../nbs/04_config.ipynb #3c441944
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     "Dotted key → value, in the order of the fields."
     result = {}
@@ -163,7 +202,9 @@ def set_key(config: Any, key: str, value: Any) -> None:
     "Set the field at a dotted key; entries of dict fields may be named."
     *path, last = key.split(".")
     for name in path:
-        config = config.setdefault(name, {}) if isinstance(config, dict) else getattr(config, name)
+        if isinstance(config, dict) and not isinstance(config.get(name), dict):
+            config[name] = {}
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
     if isinstance(config, dict):
         config[last] = value
     else:
@@ -178,7 +219,7 @@ def default_of(key: str) -> Any:
     f = next(f for f in fields(cls) if f.name == path[-1])
     return f.default if f.default is not MISSING else f.default_factory()  # pyright: ignore
 
-# %% ../nbs/04_config.ipynb #feb756aa
+# %% ../nbs/04_config.ipynb #bc985fae
 def type_name(hint: Any) -> str:
     "A type in words."
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -200,6 +241,11 @@ def _fits(value: Any, hint: Any) -> bool:
 def from_text(key: str, text: str) -> Any:
     "The value of `key` that `text` stands for; `ConfigError` where it stands for none."
     hint, text = KEYS[key], text.strip()
+    if get_origin(hint) is dict:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {text}: it takes {type_name(hint)} as JSON, like {{\"dim\": 64}}") from error
     options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and text.lower() in ("", "null", "none"):
         return None
@@ -214,11 +260,12 @@ def from_text(key: str, text: str) -> Any:
             continue
     raise ConfigError(f"{key} = {text}: it takes {type_name(hint)}")
 
-# %% ../nbs/04_config.ipynb #c69632f5
+# %% ../nbs/04_config.ipynb #c8d6b3db
 CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step")}
 _AT_LEAST = {"epochs": 0, "seed": 0, "learning_rate": 0, "weight_decay": 0, "num_workers": 0, "scheduler.warmup": 0,
-             "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0}
-_POSITIVE = {key for key, hint in KEYS.items() if hint in (int, int | None)} - set(_AT_LEAST) | {"grad_clip"}
+             "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0, "system_metrics_interval": 0, "monitoring.ndjson.backups": 0}
+_POSITIVE = {key for key, hint in KEYS.items() if hint in (int, int | None)} - set(_AT_LEAST) | {
+    "grad_clip", "monitoring.ndjson.max_age", "monitoring.ndjson.fsync_seconds"}
 
 
 def check(config: TrainConfig, origins: dict[str, str] | None = None) -> None:
@@ -245,7 +292,7 @@ def check(config: TrainConfig, origins: dict[str, str] | None = None) -> None:
         refuse("threads", config.threads, "a number up to 1024, or null")
     if config.eval_fraction >= 1:
         refuse("eval_fraction", config.eval_fraction, "a number below 1")
-    for key in ("checkpoint.dir", "metrics_out", "data"):
+    for key in ("checkpoint.dir", "metrics_out", "data", "tensorboard_dir", "mlflow_dir"):
         value = flatten(config)[key]
         if value is not None and (not value.strip() or "\0" in value or len(value) > 4000):
             refuse(key, value[:40], "a path" + (", or null" if type(None) in get_args(KEYS[key]) else ""))

@@ -213,7 +213,7 @@ class DatasetBatches:
             signal.signal(signal.SIGCHLD, self._news)
             self._news = None
 
-# %% ../nbs/10_data.ipynb #6bc58977
+# %% ../nbs/10_data.ipynb #af5ebf8e
 def batch_length(batch: Any) -> int:
     "The number of samples in a batch: the length of the first tensor or array found in it."
     if isinstance(batch, (torch.Tensor, np.ndarray)):
@@ -224,45 +224,60 @@ def batch_length(batch: Any) -> int:
 
 
 class IterableBatches:
-    "Batches that an iterable yields ready-made."
+    """Batches that an iterable yields ready-made. An epoch is one pass over it; with `steps_per_epoch` it is that many batches, and each
+    epoch goes on where the one before ended, from pass to pass."""
 
     def __init__(self, iterable: Iterable, seed: int, steps_per_epoch: int | None = None):
         if isinstance(iterable, Iterator):
             raise DataError(f"{type(iterable).__name__} can be iterated only once, so it cannot be resumed or used for a second epoch: "
                             "give an object whose __iter__ starts anew (a list, a DataLoader, a class)")
-        self.iterable, self.seed, self.steps_per_epoch = iterable, seed, steps_per_epoch or _length(iterable)
+        self.iterable, self.seed, self.length = iterable, seed, _length(iterable)
+        self.steps_per_epoch = steps_per_epoch or self.length
+        self._runs_on = steps_per_epoch not in (None, self.length)
+        self._open: tuple[int, Iterator[Any]] = (-1, iter(()))  # the place that the batches under way have come to
 
-    def _fetch(self, epoch: int) -> Iterator[Any]:
-        step = 0
-        while True:
-            seed_everything(key(self.seed, "pass", epoch, step))
-            begun, fetcher = step, iter(self.iterable)
-            while True:
-                seed_everything(key(self.seed, "fetch", epoch, step))
-                try:
-                    batch = next(fetcher)
-                except StopIteration:
-                    break
-                yield batch
-                step += 1
-                if step == self.steps_per_epoch:
-                    return
-            if step == begun:
-                raise DataError(f"{type(self.iterable).__name__} yielded no batch")
-            if self.steps_per_epoch is None:
-                return
+    def _pass(self, number: int) -> Iterator[Any]:
+        seed_everything(key(self.seed, "pass", number, 0))
+        fetcher = iter(self.iterable)
+        for step in itertools.count():
+            seed_everything(key(self.seed, "fetch", number, step))
+            try:
+                batch = next(fetcher)
+            except StopIteration:
+                break
+            yield batch
+        if step == 0 or (self._runs_on and self.length not in (None, step)):
+            raise DataError(f"{type(self.iterable).__name__} yielded {step} batches" + (f", and its length is {self.length}" if step else ""))
+
+    def _from(self, place: int) -> Iterator[Any]:
+        "Pass after pass, from a place counted in batches. Whole passes are left out where their length is known; else all is read again."
+        passes, rest = divmod(place, self.length) if self.length else (0, place)
+        return itertools.islice(itertools.chain.from_iterable(map(self._pass, itertools.count(1 + passes))), rest, None)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Any, int, bool]]:
-        batches = itertools.islice(self._fetch(epoch), start_step, None)
-        nothing = object()
-        batch = next(batches, nothing)
-        while batch is not nothing:
-            following = next(batches, nothing)
-            yield batch, batch_length(batch), following is nothing
-            batch = following
+        if not self._runs_on or self.steps_per_epoch is None:
+            yield from _with_last(itertools.islice(self._pass(epoch), start_step, self.steps_per_epoch))
+            return
+        first = (epoch - 1) * self.steps_per_epoch
+        batches = self._open[1] if self._open[0] == first + start_step else self._from(first + start_step)
+        for step in range(start_step + 1, self.steps_per_epoch + 1):
+            batch = next(batches)
+            self._open = first + step, batches
+            yield batch, batch_length(batch), step == self.steps_per_epoch
 
     def close(self) -> None:
-        "The iterable is the caller's."
+        "Let go of the batches under way; the iterable is the caller's."
+        self._open = (-1, iter(()))
+
+
+def _with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, int, bool]]:
+    "Each batch with its length and whether it is the last: known only when the next one is."
+    nothing = object()
+    batch = next(batches, nothing)
+    while batch is not nothing:
+        following = next(batches, nothing)
+        yield batch, batch_length(batch), following is nothing
+        batch = following
 
 
 def _length(iterable: Any) -> int | None:

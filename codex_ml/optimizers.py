@@ -34,7 +34,7 @@ def _fused(optimizer: Any, model: nn.Module, parameters: list[nn.Parameter], arg
         and not any(getattr(module, "sparse", False) for module in model.modules())
     )
 
-# %% ../nbs/15_optimizers.ipynb #29fe730d
+# %% ../nbs/15_optimizers.ipynb #3a313041
 def build_optimizer(
     optimizer: str | Callable[..., Optimizer] | Optimizer,  # a registered name, a class or function, or an instance
     model: nn.Module,  # its parameters that require a gradient are optimized, as one group
@@ -62,7 +62,7 @@ def build_optimizer(
         settings["fused"] = True
     try:
         built = builder(parameters, **_arguments(partial(builder, parameters), name, settings, args))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # torch says that a value is wrong in many types
         if not isinstance(optimizer, str) or isinstance(error, (OptimizerError, ArgumentError)):
             raise
         raise OptimizerError(f"the optimizer {name} cannot be built with optimizer_args={args}: {error}") from error

@@ -6,7 +6,7 @@
 __all__ = ['KEYWORDS', 'IDENTITY', 'find_settings', 'read_settings', 'parse_overrides', 'parse_keywords', 'Settings', 'resolve',
            'config_sha256', 'drift', 'drift_table']
 
-# %% ../nbs/05_settings.ipynb #a1673857
+# %% ../nbs/05_settings.ipynb #6bb7027b
 import configparser
 import copy
 import hashlib
@@ -17,11 +17,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from .config import (KEYS, UNDERSCORED, ConfigError, TrainConfig, check, default_of, flatten, from_text, given,
+from .config import (KEYS, UNDERSCORED, ConfigError, TrainConfig, check, default_of, field_of, flatten, from_text, given,
                              known_key, set_key, type_name)
 from .registry import nearest
 
-# %% ../nbs/05_settings.ipynb #c38bc361
+# %% ../nbs/05_settings.ipynb #19863118
 def find_settings(start: str | os.PathLike = ".") -> Path | None:
     "The nearest `settings.ini` with a section `[codex_ml]`, from `start` upwards."
     start = Path(start).resolve()
@@ -45,12 +45,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     for key, text in pairs.items():
         known_key(key, f"{path}: ")
         try:
-            values[key] = from_text(key, text) if key in KEYS else json.loads(text)
+            values[key] = from_text(key, text) if key in KEYS else _entry_from_text(text)
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
     return values
 
-# %% ../nbs/05_settings.ipynb #bc84b9fd
+
+def _entry_from_text(text: str) -> Any:
+    "Entries of a dict field have no type of their own: JSON where it is JSON, else the text."
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+# %% ../nbs/05_settings.ipynb #a6da4d8a
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     "Dotted key → value for `key=value` strings. A wrong key, type or syntax is a `ConfigError` of one line."
     from hydra import compose, initialize
@@ -88,11 +96,9 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 
 def _entry(config: Any, key: str) -> Any:
-    head, *path = key.split(".")
-    value = getattr(config, head)
-    for name in path:
-        value = value[name]
-    return value
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
 
 # %% ../nbs/05_settings.ipynb #81e54fe6
 _ALIASES = {"resume": "checkpoint.resume", "deterministic_cudnn": "reproducibility.cudnn_deterministic"}
@@ -130,7 +136,7 @@ def _group(name: str, prefix: str, value: Any) -> dict[str, Any]:
 def _members(prefix: str) -> list[str]:
     return [key[len(prefix) + 1:] for key in KEYS if key.startswith(prefix + ".")]
 
-# %% ../nbs/05_settings.ipynb #d0eb3d97
+# %% ../nbs/05_settings.ipynb #1fe71bd0
 @dataclass(frozen=True)
 class Settings:
     "A checked configuration, where each of its values came from, and what is worth a remark."
@@ -159,7 +165,7 @@ def resolve(config: TrainConfig | None = None, *, run_config: Mapping[str, Any] 
     for origin, values in layers:
         for key, value in values.items():
             set_key(result, key, os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value))
-            origins[key if key in KEYS else key.partition(".")[0]] = origin
+            origins[field_of(key) or key] = origin
     check(result, origins)
     return Settings(result, origins, tuple(notes))
 

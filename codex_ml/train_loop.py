@@ -58,7 +58,7 @@ def _threads(config: TrainConfig, folder: RunFolder | None) -> int:
     torch.set_num_threads(threads)
     return threads
 
-# %% ../nbs/46_train_loop.ipynb #15d2b3d7
+# %% ../nbs/46_train_loop.ipynb #5ff20a4f
 def _keep_inputs(folder: RunFolder, settings: Settings, parts: Parts, data: Data, identity: Mapping[str, Any]) -> None:
     "Configuration, its origins, the user's own record, and the tokenizer, into the run's folder."
     flat = flatten(settings.config)
@@ -73,13 +73,6 @@ def _keep_inputs(folder: RunFolder, settings: Settings, parts: Parts, data: Data
         except CorruptFile:  # none yet
             pass
         write_json(path, content)
-
-
-def _state_bytes(run: Run) -> int:
-    tensors = [*run.state.model.state_dict().values()]
-    model = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-    moments = 2 if "Adam" in type(run.state.optimizer).__name__ else 1
-    return (1 + moments) * model + (1 << 20)
 
 # %% ../nbs/46_train_loop.ipynb #68ad281e
 def _train(run: Run, interrupts: Interrupts) -> str:
@@ -101,7 +94,7 @@ class _ToDisplay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.note(record.getMessage())
 
-# %% ../nbs/46_train_loop.ipynb #dae98fcb
+# %% ../nbs/46_train_loop.ipynb #f287ea23
 def train(settings: Settings, parts: Parts) -> TrainingResult:
     "What `run_training` does once its arguments are sorted. After a SIGTERM the state is saved, then `SystemExit(143)` raised."
     begun, config = time.monotonic(), settings.config
@@ -121,7 +114,6 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
         run_id = os.urandom(16).hex()
         if folder:
             origin = take_up(folder, config, run, identity, surroundings)
-            folder.need(_state_bytes(run))
             _keep_inputs(folder, settings, parts, data, identity)
             run_id = folder.run_id
         start = {name: getattr(run.state, name) for name in ("epoch", "global_step", "optimizer_steps_total")}

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-VARIATIONS = ("plain", "dropout", "numpy", "random", "torch")
+VARIATIONS = ("plain", "dropout", "numpy", "random", "torch", "channels_last")
 SAMPLES, FEATURES = 46, 6  # 6 batches of 8, the last one of 6
 
 
 class Augmented(Dataset):
-    """Noise on every sample, from the generator named (none for `plain` and `dropout`)."""
+    """Noise on every sample, from the generator named (none for `plain`, `dropout` and `channels_last`)."""
 
     def __init__(self, variation: str):
         generator = torch.Generator().manual_seed(0)
@@ -54,6 +54,23 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+class ConvNet(nn.Module):
+    """Over weights whose strides are not those of their shape: their gradients have to come back as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(2, 8, 2), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(8, 3))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x.view(-1, 2, 1, 3).repeat(1, 1, 2, 1).contiguous(memory_format=torch.channels_last))
+
+
+def make_model(variation: str) -> nn.Module:
+    """The network of a variation."""
+    return ConvNet() if variation == "channels_last" else Net(0.3 if variation == "dropout" else 0.0)
+
+
 class StopAt:
     """Ends a run after a step, or (a negative number) after an epoch."""
 
@@ -76,7 +93,7 @@ def train(folder: str, variation: str = "plain", stop_at: int | None = None, **k
     torch.set_num_threads(1)
     options = {"epochs": 3, "batch_size": 8, "grad_accum": 2, "learning_rate": 0.01, "progress": "off", "threads": 1, "resume": True}
     callbacks = [] if stop_at is None else [StopAt(stop_at)]
-    return run_training(model=lambda: Net(0.3 if variation == "dropout" else 0.0), data=Augmented(variation), checkpoint_dir=folder,
+    return run_training(model=lambda: make_model(variation), data=Augmented(variation), checkpoint_dir=folder,
                         callbacks=callbacks, **options | keywords)
 
 

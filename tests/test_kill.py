@@ -36,9 +36,17 @@ def test_killed_at_random_instants(tmp_path):
                 answer = zygote.run(folder=str(folder), kill_after=after, **JOB)
                 kills += "killed" in answer
             assert answer["checkpoint_sha256_last"] == expected["checkpoint_sha256_last"], f"KILL_SEED={SEED}, after {kills} kills"
+            assert chain(folder) == chain(tmp_path / "whole")
             assert leftovers(folder) == []
             check_records(folder / ".codex" / "metrics.ndjson")
         print(f"{kills} kills over {rounds} runs of {whole:.1f} s")
+
+
+def chain(folder):
+    """What the last epochs say of themselves and of the one before; all but the time must be equal, too."""
+    found = [json.loads((folder / name / "metadata.json").read_text()) for name in ("epoch-0019", "epoch-0020")]
+    assert found[1]["parent_checkpoint_sha256"] == found[0]["checkpoint_sha256"]
+    return [{k: v for k, v in facts.items() if k != "created_at"} for facts in found]
 
 
 def leftovers(folder):

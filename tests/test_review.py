@@ -1,6 +1,7 @@
 """What a review found: each of these was wrong once."""
 
 import copy
+import itertools
 import json
 import logging
 import pickle
@@ -11,6 +12,9 @@ import torch
 from codex_ml import checkpoint
 from codex_ml.checkpoint import CheckpointError, list_checkpoints
 from codex_ml.config import ConfigError, RetentionConfig, TrainConfig, given
+from codex_ml.data import DataError
+from codex_ml.durable import StorageError
+from codex_ml.optimizers import OptimizerError
 from codex_ml.settings import resolve
 from codex_ml.train_loop import run_training
 
@@ -33,6 +37,15 @@ def test_a_value_that_was_given_wins_though_it_is_the_default(tmp_path, monkeypa
     config = TrainConfig()
     config.scheduler.type = "constant"
     assert resolve(config).origins["scheduler.type"] == "TrainConfig" and resolve(config).origins["scheduler.gamma"] == "default"
+
+
+class Stop:
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, step, state):
+        if step == self.step:
+            state.request_stop()
 
 
 def test_what_was_given_is_no_field_and_survives_a_copy():
@@ -108,3 +121,91 @@ def test_a_rate_that_groups_share_is_one_hash(tmp_path):
     whole = train(tmp_path / "whole", optimizer=adamw)
     train(tmp_path / "run", optimizer=adamw, callbacks=[StopAt()])
     assert train(tmp_path / "run", optimizer=adamw, resume=True)["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"]
+
+
+def test_drift_is_told_key_by_key_after_an_allowed_one_that_saved_nothing(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(RuntimeError, match="the data are gone"):
+        train(tmp_path, resume=True, batch_size=4, checkpoint_allow_drift=True, loss_fn=lambda model, batch: fail())
+    with pytest.raises(CheckpointError, match=r"batch_size\s+8\s+4"):
+        train(tmp_path, resume=True, batch_size=4)
+
+
+def fail():
+    raise RuntimeError("the data are gone")
+
+
+def test_no_room_for_a_checkpoint_moves_nothing_and_a_finished_run_needs_none(tmp_path, monkeypatch):
+    whole = train(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(StorageError, match="needs about"):
+        train(tmp_path, epochs=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    with pytest.raises(StorageError, match="needs about"):
+        train(tmp_path, epochs=3, resume=True)
+    assert train(tmp_path, resume=True)["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"]
+
+
+def test_a_parameter_that_only_the_optimizer_holds_gets_the_mean_gradient_too(tmp_path):
+    def go(folder, batch_size, grad_accum):
+        torch.manual_seed(0)
+        model, scale = torch.nn.Linear(4, 2), torch.nn.Parameter(torch.ones(()))
+        optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+        train(folder, model=model, optimizer=optimizer, batch_size=batch_size, grad_accum=grad_accum, epochs=1,
+              loss_fn=lambda model, batch: (model(batch[0]) * scale).square().mean())
+        return scale.item()
+
+    assert go(tmp_path / "small", 4, 4) == pytest.approx(go(tmp_path / "large", 16, 1), abs=1e-6)
+
+
+def test_a_value_that_no_optimizer_takes(tmp_path):
+    with pytest.raises(OptimizerError, match=r"cannot be built with optimizer_args=\{'betas': \(0.9,\)\}"):
+        train(tmp_path / "run", optimizer_args={"betas": [0.9]})
+    assert not (tmp_path / "run").exists()
+
+
+class Endless:
+    """A stream: batch after batch, never the same."""
+
+    def __iter__(self):
+        for i in itertools.count():
+            yield torch.full((8, 4), i / 100) + torch.rand(8, 4), torch.full((8,), i % 2)
+
+
+@pytest.mark.parametrize("data", (Endless(), [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 40, 8)]))
+def test_an_iterable_goes_on_from_epoch_to_epoch(tmp_path, data):
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch[0].sum().item())
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    job = {"data": data, "model": lambda: torch.nn.Linear(4, 2), "steps_per_epoch": 3, "epochs": 3, "loss_fn": loss}
+    whole = train(tmp_path / "whole", **job)
+    assert len({round(value, 3) for value in seen}) == (9 if isinstance(data, Endless) else 5)
+    for stop in (2, 3, 4, 7):
+        train(tmp_path / f"stop{stop}", callbacks=[Stop(stop)], **job)
+        resumed = train(tmp_path / f"stop{stop}", resume=True, **job)
+        assert resumed["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"], stop
+
+
+def test_an_iterable_whose_length_is_not_true(tmp_path):
+    class Liar(list):
+        def __len__(self):
+            return 4
+
+    with pytest.raises(DataError, match="yielded 5 batches, and its length is 4"):
+        train(tmp_path, model=torch.nn.Linear(4, 2), data=Liar((X[i : i + 8], Y[i : i + 8]) for i in range(0, 40, 8)), steps_per_epoch=3)
+
+
+def test_settings_ini_takes_entries_and_dicts(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text('[codex_ml]\nmodel_args = {"dim": 64}\noptimizer_args.note = gelu\n'
+                                           "monitoring.alerts.nan = true\n")
+    monkeypatch.chdir(tmp_path)
+    found = resolve(overrides=["monitoring.alerts.nan.for=3", "model_args.layers=2"])
+    assert found.config.model_args == {"dim": 64, "layers": 2} and found.config.optimizer_args == {"note": "gelu"}
+    assert found.config.monitoring.alerts == {"nan": {"for": 3}} and found.origins["monitoring.alerts"] == "override"
+    (tmp_path / "settings.ini").write_text("[codex_ml]\nmodel_args = dim 64\n")
+    with pytest.raises(ConfigError, match="key-value pairs as JSON"):
+        resolve()

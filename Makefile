@@ -14,7 +14,7 @@ TORCH := 2.13.0
 KILLS ?= 1000
 JOBS ?= 2
 
-.PHONY: help train test lab docs bench kill-test sync outputs readme sync-check readme-check nbtest pytest lint types dev lock clean
+.PHONY: help train test lab docs bench kill-test mlflow-ui mlflow-ui-smoke sync outputs readme sync-check readme-check nbtest pytest lint types dev lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,8 +40,15 @@ bench: $(VENV)/dev.stamp ## print speed and memory beside a bare PyTorch loop; A
 kill-test: $(VENV)/dev.stamp ## kill a training process KILLS times at random instants and demand the same hash
 	@KILLS=$(KILLS) $(PY) -m pytest tests/test_kill.py
 
+mlflow-ui: $(VENV)/dev.stamp ## serve MLflow's pages of the runs here, on 127.0.0.1, until Ctrl-C; ARGS="--dir FOLDER --port N"
+	@$(PY) -m codex_ml.telemetry.mlflow_ui ui $(ARGS)
+
+mlflow-ui-smoke: $(VENV)/dev.stamp ## log a run, read it back from such a server, leave no process
+	@$(PY) -m codex_ml.telemetry.mlflow_ui smoke
+
 sync: $(VENV)/dev.stamp ## clean the notebooks, write codex_ml/ and README.md anew from them
 	@$(PY) -m tools.sync
+	@$(PY) -m tools.schemas
 	@$(PY) -m tools.readme
 
 outputs: $(VENV)/dev.stamp ## run the notebooks and keep what they print (examples excepted); ARGS=nbs/00_durable.ipynb
@@ -56,6 +63,7 @@ clean: ## remove everything that these commands made, except your results in run
 
 sync-check: $(VENV)/dev.stamp
 	@$(PY) -m tools.sync --check
+	@$(PY) -m tools.schemas --check
 
 readme-check: $(VENV)/dev.stamp
 	@$(PY) -m tools.readme --check

@@ -17,11 +17,16 @@ _PUBLIC = {
     "ReproducibilityConfig": "codex_ml.config",
     "RetentionConfig": "codex_ml.config",
     "SchedulerConfig": "codex_ml.config",
+    "MonitoringConfig": "codex_ml.config",
     "TrainConfig": "codex_ml.config",
+    "evaluate": "codex_ml.evaluator",
+    "Metric": "codex_ml.metrics",
     "build_model": "codex_ml.models",
     "generate": "codex_ml.models",
     "register": "codex_ml.registry",
     "TrainingResult": "codex_ml.result",
+    "EvaluationConfig": "codex_ml.scorecard",
+    "EvaluationResult": "codex_ml.scorecard",
     "set_seed": "codex_ml.seeding",
     "run_training": "codex_ml.train_loop",
     "set_cudnn_deterministic": "codex_ml.utils.determinism",
@@ -30,10 +35,13 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from codex_ml.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
-    from codex_ml.config import CheckpointConfig, ReproducibilityConfig, RetentionConfig, SchedulerConfig, TrainConfig
+    from codex_ml.config import CheckpointConfig, MonitoringConfig, ReproducibilityConfig, RetentionConfig, SchedulerConfig, TrainConfig
+    from codex_ml.evaluator import evaluate
+    from codex_ml.metrics import Metric
     from codex_ml.models import build_model, generate
     from codex_ml.registry import register
     from codex_ml.result import TrainingResult
+    from codex_ml.scorecard import EvaluationConfig, EvaluationResult
     from codex_ml.seeding import set_seed
     from codex_ml.train_loop import run_training
     from codex_ml.utils.determinism import set_cudnn_deterministic
@@ -41,12 +49,17 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
 
 __all__ = [
     "CheckpointConfig",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "Metric",
+    "MonitoringConfig",
     "ReproducibilityConfig",
     "RetentionConfig",
     "SchedulerConfig",
     "TrainConfig",
     "TrainingResult",
     "build_model",
+    "evaluate",
     "generate",
     "list_checkpoints",
     "load_checkpoint",

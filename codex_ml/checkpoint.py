@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'canonical', 'serialize', 'deserialize', 'Checkpoi
            'save_checkpoint', 'move_aside', 'write_pointer', 'read_pointer', 'verify_checkpoint', 'load_checkpoint',
            'newest_verified', 'drop_older_steps']
 
-# %% ../nbs/21_checkpoint.ipynb #17630de1
+# %% ../nbs/21_checkpoint.ipynb #7003e1a3
 import os
 import re
 import shutil
@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .durable import (CorruptFile, fsync_dir, json_text, publish_folder, read_json, remove_folder, sha256_file, storage_errors,
-                              temporary, verified_copy, write_file, write_json)
+from .durable import (CorruptFile, fsync_dir, publish_folder, remove_folder, sha256_file, storage_errors, temporary,
+                             verified_copy, write_file)
+from .strict_json import json_text, read_json, write_json
 
 # %% ../nbs/21_checkpoint.ipynb #14136610
 class CheckpointError(RuntimeError):

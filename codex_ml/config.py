@@ -34,7 +34,7 @@ class _Remembers:
         if name not in _Remembers.__slots__ and self._made:
             self._given.add(name)
 
-# %% ../nbs/04_config.ipynb #fddabc7b
+# %% ../nbs/04_config.ipynb #6229a653
 @dataclass
 class RetentionConfig(_Remembers):
     "Which epoch checkpoints stay. All `None`: every one. The latest, the best and the newest verified stay in any case."
@@ -95,6 +95,7 @@ class MonitoringConfig(_Remembers):
     system_metrics: SystemMetricsConfig = field(default_factory=SystemMetricsConfig)
     ndjson: NdjsonConfig = field(default_factory=NdjsonConfig)
     alerts: dict[str, Any] = field(default_factory=dict)  # rules by name, e.g. nan=true
+    sinks: dict[str, Any] = field(default_factory=dict)  # registered sinks to open as well, by name, e.g. mine=true
 
 # %% ../nbs/04_config.ipynb #40df881b
 @dataclass
@@ -260,10 +261,11 @@ def from_text(key: str, text: str) -> Any:
             continue
     raise ConfigError(f"{key} = {text}: it takes {type_name(hint)}")
 
-# %% ../nbs/04_config.ipynb #c8d6b3db
+# %% ../nbs/04_config.ipynb #b630e6eb
 CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step")}
 _AT_LEAST = {"epochs": 0, "seed": 0, "learning_rate": 0, "weight_decay": 0, "num_workers": 0, "scheduler.warmup": 0,
-             "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0, "system_metrics_interval": 0, "monitoring.ndjson.backups": 0}
+             "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0, "system_metrics_interval": 0,
+             "monitoring.ndjson.backups": 0}
 _POSITIVE = {key for key, hint in KEYS.items() if hint in (int, int | None)} - set(_AT_LEAST) | {
     "grad_clip", "monitoring.ndjson.max_age", "monitoring.ndjson.fsync_seconds"}
 

@@ -213,7 +213,7 @@ class DatasetBatches:
             signal.signal(signal.SIGCHLD, self._news)
             self._news = None
 
-# %% ../nbs/10_data.ipynb #af5ebf8e
+# %% ../nbs/10_data.ipynb #ecf37004
 def batch_length(batch: Any) -> int:
     "The number of samples in a batch: the length of the first tensor or array found in it."
     if isinstance(batch, (torch.Tensor, np.ndarray)):
@@ -238,7 +238,7 @@ class IterableBatches:
 
     def _pass(self, number: int) -> Iterator[Any]:
         seed_everything(key(self.seed, "pass", number, 0))
-        fetcher = iter(self.iterable)
+        fetcher, step = iter(self.iterable), 0
         for step in itertools.count():
             seed_everything(key(self.seed, "fetch", number, step))
             try:
@@ -247,7 +247,8 @@ class IterableBatches:
                 break
             yield batch
         if step == 0 or (self._runs_on and self.length not in (None, step)):
-            raise DataError(f"{type(self.iterable).__name__} yielded {step} batches" + (f", and its length is {self.length}" if step else ""))
+            length = f", and its length is {self.length}" if step else ""
+            raise DataError(f"{type(self.iterable).__name__} yielded {step} batches{length}")
 
     def _from(self, place: int) -> Iterator[Any]:
         "Pass after pass, from a place counted in batches. Whole passes are left out where their length is known; else all is read again."

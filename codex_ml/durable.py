@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Content', 'CHUNK', 'StorageError', 'CorruptFile', 'storage_error', 'storage_errors', 'HashingFile', 'Written',
            'write_file', 'temporary', 'fsync_dir', 'write_atomic', 'publish_folder', 'remove_folder', 'sweep',
-           'verified_copy', 'sha256_file', 'json_text', 'write_json', 'parse_json', 'read_json']
+           'open_regular', 'verified_copy', 'sha256_file']
 
-# %% ../nbs/00_durable.ipynb #2da20906
+# %% ../nbs/00_durable.ipynb #bdd82335
 import errno
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import shutil
@@ -206,11 +205,12 @@ def sweep(folder: str | os.PathLike) -> list[str]:
             swept.append(path.name)
     return swept
 
-# %% ../nbs/00_durable.ipynb #e21966c0
+# %% ../nbs/00_durable.ipynb #0284950c
 CHUNK = 1 << 20  # bytes hashed while they are still in the processor's cache
 
 
-def _open_regular(path: Path) -> int:
+def open_regular(path: Path) -> int:
+    "A descriptor of a regular file, open for reading; `CorruptFile` for anything else that may stand in its place."
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -231,7 +231,7 @@ def verified_copy(path: str | os.PathLike, sha256: str) -> BinaryIO:
     path = Path(path)
     copy = os.fdopen(os.memfd_create(path.name), "w+b", 0) if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0)
     try:
-        with os.fdopen(_open_regular(path), "rb", 0) as file:
+        with os.fdopen(open_regular(path), "rb", 0) as file:
             found = _hash_and_copy(file, copy)
     except OSError as error:
         copy.close()
@@ -276,59 +276,7 @@ def _hash_and_copy(file: Any, copy: Any) -> str:
 def sha256_file(path: str | os.PathLike) -> str:
     "The SHA-256 of a regular file, in hexadecimal, in constant memory."
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with os.fdopen(_open_regular(Path(path)), "rb", 0) as file:
+    with os.fdopen(open_regular(Path(path)), "rb", 0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-# %% ../nbs/00_durable.ipynb #0c820fa5
-def json_text(value: Any) -> str:
-    "`value` as the JSON that a run writes: indented, in the order given. NaN and infinities are a `ValueError`."
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json(path: str | os.PathLike, value: Any) -> Written:
-    "Put `value` as JSON in the place of `path`, durably."
-    return write_atomic(path, json_text(value))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return result
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text[:20]} is out of range")
-    return value
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(data: bytes | bytearray) -> dict[str, Any]:
-    "One JSON object in UTF-8, strictly; `ValueError` says what is wrong."
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises on a lone surrogate
-    return value
-
-
-def read_json(path: str | os.PathLike, max_bytes: int = 16 << 20) -> dict[str, Any]:
-    "The JSON object in `path`; `CorruptFile` names the file and what is wrong with it."
-    try:
-        with os.fdopen(_open_regular(Path(path)), "rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise ValueError(f"it has more than the {max_bytes:,} bytes that such a file may have")
-        return parse_json(data)
-    except CorruptFile:
-        raise
-    except (ValueError, RecursionError, OSError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise CorruptFile(f"{path} is not a JSON file that can be used: {reason}") from error

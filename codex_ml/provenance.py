@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK_FILES', 'ENV_VARIABLES', 'lock_sha256', 'environment', 'differences', 'run_manifest']
 
-# %% ../nbs/20_provenance.ipynb #426533e8
-import math
+# %% ../nbs/20_provenance.ipynb #b3db63bf
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from .durable import CorruptFile, sha256_file
+from .strict_json import plain
 from .utils.determinism import environment_fingerprint
 
 # %% ../nbs/20_provenance.ipynb #2479b563
@@ -55,24 +55,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
             rows.append((name, old[name], new[name]))
     return sorted(rows, key=lambda row: row[0])
 
-# %% ../nbs/20_provenance.ipynb #83a8e8a4
+# %% ../nbs/20_provenance.ipynb #72b7f228
 ENV_VARIABLES = ("PYTHONHASHSEED", "CODEX_AUDIT", "CODEX_DDP")
-
-
-def _json_safe(value: Any) -> Any:
-    "`value` in a form that strict JSON has; what it has none for becomes text."
-    if isinstance(value, Mapping):
-        return {_json_safe(str(name)): _json_safe(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(inner) for inner in value]
-    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value).encode("utf-8", "replace").decode()  # a variable may hold bytes that are not text
 
 
 def _or_none(read: Callable[[], Any]) -> Any:
     try:
-        return _json_safe(read())
+        return plain(read())
     except Exception:  # best effort: what cannot be told is null
         return None
 

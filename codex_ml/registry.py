@@ -41,14 +41,14 @@ def nearest(
     best = max(options, key=score, default=None)
     return best if best is not None and score(best) >= 0.6 else None
 
-# %% ../nbs/03_registry.ipynb #d00773d6
+# %% ../nbs/03_registry.ipynb #7e7fe995
 KINDS = {
     "models": "codex_ml.models",
     "datasets": "codex_ml.corpus",
     "tokenizers": "codex_ml.tokenizers",
     "schedulers": "codex_ml.schedules",
     "optimizers": "codex_ml.optimizers",
-    "metrics": "",  # no built-in ones
+    "metrics": "codex_ml.metrics",
     "rewards": "",
     "sinks": "codex_ml.telemetry.sinks",
 }

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'FolderInUse', 'FolderLock', 'RunFolder']
 
-# %% ../nbs/24_run_folder.ipynb #8f863f7c
+# %% ../nbs/24_run_folder.ipynb #3d558130
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,11 +20,12 @@ from typing import Any
 
 from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, read_pointer, save_checkpoint,
                                  write_pointer)
-from .durable import CorruptFile, StorageError, read_json, storage_error, storage_errors, sweep, write_atomic
+from .durable import CorruptFile, StorageError, storage_error, storage_errors, sweep, write_atomic
+from .strict_json import json_text, plain, read_json, write_json
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/24_run_folder.ipynb #49cb8245
+# %% ../nbs/24_run_folder.ipynb #c4c8800b
 class FolderInUse(RuntimeError):
     "Another run holds the folder."
 
@@ -40,6 +41,15 @@ def _unlock_in_child() -> None:
 os.register_at_fork(after_in_child=_unlock_in_child)
 
 
+def _lock(fd: int) -> None:
+    "Take the lock; where it is taken, try once more: someone who looks whether the run goes on holds it for an instant."
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.05)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class FolderLock:
     "Holds `folder` for this process while the `with` block runs; raises `FolderInUse`, naming the holder's pid."
 
@@ -52,7 +62,7 @@ class FolderLock:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         _locked.add(self.fd)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.fd)
         except OSError as error:
             holder = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
             self._close()
@@ -73,8 +83,9 @@ class FolderLock:
             _locked.remove(self.fd)
             os.close(self.fd)
 
-# %% ../nbs/24_run_folder.ipynb #563dcf3c
-_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "tokenizer.json", ".codex")
+# %% ../nbs/24_run_folder.ipynb #56fce5d2
+_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "tokenizer.json", ".codex", "evaluation",
+             "export", "tensorboard", "wandb")
 
 
 class RunFolder:
@@ -139,14 +150,14 @@ class RunFolder:
 
     def keep_config(self, resolved: Mapping[str, Any], snapshot: Mapping[str, Any]) -> None:
         "Write `config.resolved.json` and `config.snapshot.json`; a different snapshot that is there is kept under a number."
-        target, text = self.path/"config.snapshot.json", json.dumps(snapshot, indent=2, ensure_ascii=False, default=str) + "\n"
+        target, text = self.path/"config.snapshot.json", json_text(plain(snapshot))
         with storage_errors(target):
             if target.exists() and target.read_bytes() != text.encode():
                 taken = [int(p.name[16:-5]) for p in self.path.glob("config.snapshot.*.json") if p.name[16:-5].isdecimal()]
                 target.rename(self.path/f"config.snapshot.{max(taken, default=0) + 1:04d}.json")
         write_atomic(target, text)
         facts = {"schema_version": "v1", "run_id": self.run_id, **resolved}
-        write_atomic(self.path/"config.resolved.json", json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
+        write_json(self.path/"config.resolved.json", plain(facts))
 
     def save(self, name: str, state: Any, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> Checkpoint:
         "Make the checkpoint durable, then point to it, then drop the mid-epoch checkpoints that it replaces."

@@ -6,9 +6,8 @@
 __all__ = ['KEYWORDS', 'IDENTITY', 'find_settings', 'read_settings', 'parse_overrides', 'parse_keywords', 'Settings', 'resolve',
            'config_sha256', 'drift', 'drift_table']
 
-# %% ../nbs/05_settings.ipynb #6bb7027b
+# %% ../nbs/05_settings.ipynb #e2c395c0
 import configparser
-import copy
 import hashlib
 import json
 import os
@@ -136,7 +135,7 @@ def _group(name: str, prefix: str, value: Any) -> dict[str, Any]:
 def _members(prefix: str) -> list[str]:
     return [key[len(prefix) + 1:] for key in KEYS if key.startswith(prefix + ".")]
 
-# %% ../nbs/05_settings.ipynb #1fe71bd0
+# %% ../nbs/05_settings.ipynb #fd25faa0
 @dataclass(frozen=True)
 class Settings:
     "A checked configuration, where each of its values came from, and what is worth a remark."
@@ -164,10 +163,17 @@ def resolve(config: TrainConfig | None = None, *, run_config: Mapping[str, Any] 
     result, origins = TrainConfig(), dict.fromkeys(KEYS, "default")
     for origin, values in layers:
         for key, value in values.items():
-            set_key(result, key, os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value))
+            set_key(result, key, os.fspath(value) if isinstance(value, os.PathLike) else _copied(value))
             origins[field_of(key) or key] = origin
     check(result, origins)
     return Settings(result, origins, tuple(notes))
+
+
+def _copied(value: Any) -> Any:
+    "Containers anew, what is in them as it is: the object behind a function of the user must stay the same one."
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _from_run_config(run_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

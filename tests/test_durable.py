@@ -17,16 +17,15 @@ from codex_ml.durable import (
     CorruptFile,
     StorageError,
     publish_folder,
-    read_json,
     remove_folder,
     sha256_file,
     sweep,
     verified_copy,
     write_atomic,
     write_file,
-    write_json,
 )
 from codex_ml.run_folder import FolderInUse, FolderLock
+from codex_ml.strict_json import read_json, write_json
 
 WRITING = ("open", "write", "fsync", "close", "replace", "rename", "unlink", "mkdir")
 
@@ -242,7 +241,8 @@ def test_no_descriptor_is_lost(tmp_path, monkeypatch):
 FULL = """
     import os, subprocess, sys
     from pathlib import Path
-    from codex_ml.durable import StorageError, write_atomic, write_json
+    from codex_ml.durable import StorageError, write_atomic
+    from codex_ml.strict_json import write_json
     from codex_ml.run_folder import FolderLock
     place = Path(sys.argv[1])
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]).returncode:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from codex_ml import provenance
-from codex_ml.durable import write_json
 from codex_ml.provenance import LOCK_FILES, differences, environment, lock_sha256, run_manifest
+from codex_ml.strict_json import write_json
 
 
 @pytest.fixture
@@ -109,12 +109,12 @@ def test_whatever_the_facts_are_it_can_be_written(tmp_path):
     manifest = run_manifest(nan=math.nan, inf=[math.inf], device=torch.device("cpu"), path=Path("a"), half="a\ud800", key={("a", 1): {2}},
                             hostile=Hostile(), cycle=cycle, dtype=torch.float32, count=3, ratio=0.5)
     write_json(tmp_path / "run_manifest.json", manifest)
-    assert manifest["nan"] == "nan" and manifest["device"] == "cpu" and manifest["half"] == "a?" and manifest["count"] == 3
-    assert manifest["hostile"] is manifest["cycle"] is None and manifest["key"] == {"('a', 1)": "{2}"} and manifest["ratio"] == 0.5
+    assert manifest["nan"] == "NaN" and manifest["device"] == "cpu" and manifest["half"] == "a?" and manifest["count"] == 3
+    assert manifest["hostile"] is manifest["cycle"] is None and manifest["key"] == {"('a', 1)": [2]} and manifest["ratio"] == 0.5
 
 
 def test_variables_that_are_not_text(tmp_path):
-    code = "import sys; from codex_ml.provenance import *; from codex_ml.durable import *; write_json(sys.argv[1], run_manifest())"
+    code = "import sys; from codex_ml.provenance import *; from codex_ml.strict_json import *; write_json(sys.argv[1], run_manifest())"
     variables = {**os.environb, b"GIT_SHA": b"\xff\xfe", b"CODEX_AUDIT": b"\xff"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.json")], env=variables, check=True)
     assert json.loads((tmp_path / "m.json").read_text())["git_sha"] == "??"

@@ -2,6 +2,8 @@ import logging
 import os
 import random
 import stat
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,10 @@ import pytest
 import torch
 
 from codex_ml import registry
-from codex_ml.config import TrainConfig
+from codex_ml.config import MonitoringConfig, TrainConfig
 from codex_ml.telemetry import ndjson
 from codex_ml.telemetry.ndjson import read_ndjson
-from codex_ml.telemetry.sinks import Sinks, open_sinks
+from codex_ml.telemetry.sinks import Background, Sinks, open_sinks
 
 
 class Recorder:
@@ -128,22 +130,98 @@ def test_off_makes_no_file_and_costs_no_record(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and sinks.errors == {}
 
 
+def asking(*names):
+    return TrainConfig(monitoring=MonitoringConfig(sinks=dict.fromkeys(names, True)))
+
+
 def test_a_broken_plugin_is_left_out(tmp_path):
     def refuses(config, folder, run_id):
         raise ImportError("no such library")
 
     registry.register("sinks", "plugin", refuses)
     registry.register("sinks", "absent", lambda config, folder, run_id: None)
-    with open_sinks(TrainConfig(), tmp_path, "r", ["plugin", "nowhere", "absent", "ndjson"]) as sinks:
-        assert list(sinks.sinks) == ["ndjson"] and sinks.errors == {"plugin": 1, "nowhere": 1}
+    with open_sinks(asking("plugin", "nowhere", "absent"), tmp_path, "r") as sinks:
+        sinks.log(1, "train", {"loss": 1.0})
+    assert sinks.errors == {"plugin": 1, "nowhere": 1} and len(read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]) == 1
 
 
 def test_a_registered_sink_is_not_opened_unless_it_is_named(tmp_path):
-    registry.register("sinks", "mine", lambda config, folder, run_id: Recorder())
-    with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
-        assert list(sinks.sinks) == ["ndjson"]
-    with open_sinks(TrainConfig(), tmp_path, "r", ["Mine"]) as sinks:
-        assert list(sinks.sinks) == ["Mine"]
+    opened = []
+    registry.register("sinks", "mine", lambda config, folder, run_id: opened.append(Recorder()) or opened[-1])
+    for config in (TrainConfig(), asking("Mine")):
+        with open_sinks(config, tmp_path, "r") as sinks:
+            sinks.log(1, "train", {"loss": 1.0})
+    assert [recorder.calls for recorder in opened] == [[("emit", "loss", 1.0), ("close",)]]
+
+
+class Hangs(Recorder):
+    """Hangs for ever at the k-th call, opening included (0)."""
+
+    def __init__(self, at, method=None):
+        super().__init__()
+        self.at, self.method, self.released = at, method, threading.Event()
+
+    def _call(self, name, *arguments):
+        super()._call(name, *arguments)
+        if len(self.calls) == self.at or name == self.method:
+            self.released.wait(60)
+
+
+@pytest.mark.parametrize("at, method", [(0, None), (1, None), (5, None), (0, "flush"), (0, "close")])
+def test_a_sink_that_hangs_holds_nobody_up(tmp_path, at, method, caplog):
+    hangs, good = Hangs(at, method), Recorder()
+    registry.register("sinks", "good", lambda config, folder, run_id: good)
+    registry.register("sinks", "hangs", lambda config, folder, run_id: hangs if at or method else hangs.released.wait(60))
+    door = open_sinks(asking("hangs", "good"), tmp_path, "r")
+    begun = time.monotonic()
+    for step in range(20):
+        door.log(step, "train", {"loss": float(step)})
+    door.flush()
+    assert time.monotonic() - begun < 1
+    door.close()
+    assert time.monotonic() - begun < 5
+    hangs.released.set()
+    assert [call[0] for call in good.calls] == ["emit"] * 20 + ["flush", "close"]
+    assert door.errors == {"hangs": 1} and "'hangs' was given up" in caplog.text
+
+
+def test_a_slow_sink_gets_everything_as_long_as_it_moves(tmp_path):
+    class Slow(Recorder):
+        def _call(self, name, *arguments):
+            time.sleep(0.05)
+            super()._call(name, *arguments)
+
+    slow = Slow()
+    door = Sinks({"slow": Background(lambda: slow, lambda *_: None)}, "r")
+    for step in range(20):
+        door.log(step, "train", {"loss": float(step)})
+    door.close()
+    assert len(slow.calls) == 21 and door.errors == {}
+
+
+def test_a_queue_that_is_full_drops_and_counts(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Background, "most", 10)
+    hangs = Hangs(1)
+    door = Sinks({"hangs": Background(lambda: hangs, lambda *_: None)}, "r")
+    for step in range(100):
+        door.log(step, "train", {"loss": float(step)})
+    hangs.released.set()
+    door.close()
+    assert door.errors["hangs"] + sum(call[0] == "emit" for call in hangs.calls) == 100 and door.errors["hangs"] >= 88
+    assert "it is too slow" in caplog.text
+
+
+def test_a_sink_that_ticks_is_told_the_time(tmp_path):
+    class Ticks(Recorder):
+        def tick(self, now):
+            self._call("tick", now)
+
+    ticks = Ticks()
+    background = Background(lambda: ticks, lambda *_: None)
+    time.sleep(1.2)
+    background.close()
+    background.thread.join(5)
+    assert ticks.calls[0][0] == "tick" and abs(ticks.calls[0][1] - time.time()) < 5
 
 
 def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):
@@ -152,7 +230,7 @@ def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):
     with open_sinks(TrainConfig(), tmp_path, "r") as sinks:
         sinks.log(1, "train", {"loss": 1.0})
         sinks.flush()
-    assert len(synced) == 1
+    assert synced
 
 
 def test_nothing_draws_a_random_number(tmp_path):

@@ -20,7 +20,8 @@ from codex_ml.train_loop import run_training
 X = torch.linspace(-1, 1, 64 * 3).reshape(64, 3)
 Y = (X.sum(1) > 0).long()
 COLUMNS = ["$schema", "schema_version", "timestamp", "run_id", "step", "split", "metric", "value", "dataset", "tags"]
-RECORDS = 2 * (8 * len(["loss", "lr"]) + len(["epoch_loss"]) + len(["val_loss", "val_accuracy"]))
+SCALARS = 2 * (8 * len(["loss", "lr", "step_time", "data_time"]) + len(["epoch_loss"]) + len(["val_loss", "val_accuracy"]))
+EVENTS = ["run_start", "checkpoint", "checkpoint", "run_end"]
 
 
 def train(folder, **options):
@@ -48,13 +49,21 @@ def test_a_run_leaves_every_number_it_knows(tmp_path, unwatched):
     result = train(tmp_path)
     assert result["checkpoint_sha256_last"] == unwatched and result["sink_errors"] == {}
     records, torn = read_ndjson(tmp_path / "m.ndjson")
-    assert torn == 0 and len(records) == RECORDS and len({r["run_id"] for r in records}) == 1
+    assert torn == 0 and [r["event"] for r in records if "event" in r] == EVENTS and len({r["run_id"] for r in records}) == 1
+    assert records[-1]["data"]["checkpoint_sha256"] == unwatched and records[0]["data"]["config"]["batch_size"] == 8
+    records = scalars(records)
     found = {(r["step"], r["split"], r["metric"]): r["value"] for r in records}
+    assert len(records) == SCALARS
+    assert all(0 <= found[step, "train", "data_time"] < found[step, "train", "step_time"] for step in range(1, 17))
     assert {(step, "train", name) for step in range(1, 17) for name in ("loss", "lr")} <= found.keys()
     assert found[16, "train", "epoch_loss"] == result["loss_history"][-1]
     assert found[16, "validation", "val_loss"] == result["metrics"]["val_loss"]
     for line in (tmp_path / "m.ndjson").read_text().splitlines():
-        assert list(json.loads(line)) == COLUMNS
+        assert list(json.loads(line)) == COLUMNS or "event" in json.loads(line)
+
+
+def scalars(records):
+    return [r for r in records if "metric" in r]
 
 
 def warnings_of(caplog):
@@ -69,14 +78,14 @@ def test_a_place_that_takes_no_metrics(out, tmp_path, unwatched, caplog):
     out = {"under a file": tmp_path / "file" / "m.ndjson", "a link to nowhere": tmp_path / "link"}.get(out, tmp_path / out)
     result = train(tmp_path / "run", metrics_out=str(out))
     assert result["checkpoint_sha256_last"] == unwatched and result["status"] == "completed"
-    assert result["sink_errors"]["ndjson"] == (RECORDS if out == Path("/dev/full") else 1)
+    assert result["sink_errors"]["ndjson"] == (SCALARS + len(EVENTS) if out == Path("/dev/full") else 1)
     assert len(warnings_of(caplog)) == 1
 
 
 def test_a_limit_on_the_size_of_the_file_is_met_in_the_middle_of_a_line(tmp_path, caplog):
     "Records are lost from there on; those before stay, and when there is room again the next ones are whole."
     log = tmp_path / "m.ndjson"
-    log.write_bytes(b"\n" * 999_000)
+    log.write_bytes(b"\n" * 995_000)
 
     class Callback:
         def on_epoch_end(self, epoch, metrics, state):
@@ -87,15 +96,12 @@ def test_a_limit_on_the_size_of_the_file_is_met_in_the_middle_of_a_line(tmp_path
         result = train(tmp_path / "run", metrics_out=str(log), callbacks=[Callback()])
     records, torn = read_ndjson(log)
     assert torn == 1 and result["sink_errors"]["ndjson"] > 5 and len(warnings_of(caplog)) == 1 and result["callback_errors"] == []
-    assert [r["step"] for r in records if r["metric"] == "loss"][-8:] == list(range(9, 17))
-    assert records[0]["step"] == 1
+    assert [r["step"] for r in scalars(records) if r["metric"] == "loss"][-8:] == list(range(9, 17))
+    assert scalars(records)[0]["step"] == 1
 
 
 @pytest.mark.parametrize("method", ["open", "emit", "flush", "close"])
 def test_a_registered_sink_that_raises(method, tmp_path, unwatched, monkeypatch, caplog):
-    from codex_ml import train_loop
-    from codex_ml.telemetry.sinks import open_sinks
-
     class Broken:
         def __getattr__(self, name):
             def call(*_):
@@ -110,8 +116,7 @@ def test_a_registered_sink_that_raises(method, tmp_path, unwatched, monkeypatch,
 
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     registry.register("sinks", "broken", opener)
-    monkeypatch.setattr(train_loop, "open_sinks", lambda *a: open_sinks(*a, names=["broken", "ndjson"]))
-    result = train(tmp_path)
+    result = train(tmp_path, monitoring_sinks={"broken": True})
     assert result["checkpoint_sha256_last"] == unwatched and list(result["sink_errors"]) == ["broken"]
     assert len(warnings_of(caplog)) == 1 and len(read_ndjson(tmp_path / "m.ndjson")[0]) > 30
 
@@ -122,7 +127,7 @@ def test_texts_and_odd_values_from_a_callback(tmp_path, unwatched, caplog):
             return {"grade": "good", "nan": float("nan"), "low": -float("inf"), "t": torch.tensor(2), "n": np.float32(0.5), "yes": True}
 
     result = train(tmp_path, callbacks=[Callback()])
-    found = {r["metric"]: r["value"] for r in read_ndjson(tmp_path / "m.ndjson")[0] if r["step"] == 16}
+    found = {r["metric"]: r["value"] for r in scalars(read_ndjson(tmp_path / "m.ndjson")[0]) if r["step"] == 16}
     assert result["sink_errors"] == {} and result["callback_errors"] == []
     assert (found["grade"], found["low"], found["t"], found["n"], found["yes"]) == ("good", -float("inf"), 2.0, 0.5, 1.0)
     assert found["nan"] != found["nan"]
@@ -159,7 +164,7 @@ def test_workers_leave_the_parents_sinks_alone(tmp_path):
                               threads=1, num_workers=workers, checkpoint_dir=tmp_path / str(workers), progress="off", log_every_steps=1,
                               loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1]))
         records, torn = read_ndjson(tmp_path / str(workers) / ".codex" / "metrics.ndjson")
-        assert [r["step"] for r in records if r["metric"] == "loss"] == list(range(1, 17)) and torn == 0
+        assert [r["step"] for r in scalars(records) if r["metric"] == "loss"] == list(range(1, 17)) and torn == 0
         assert result["sink_errors"] == {}
         hashes.append(result["checkpoint_sha256_last"])
     assert hashes[0] == hashes[1]

@@ -1,0 +1,129 @@
+"""Watching changes nothing: whatever becomes of a sink, the bits are those of an unwatched run, and the run ends."""
+
+import importlib
+import logging
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from codex_ml.telemetry.ndjson import read_ndjson
+from codex_ml.train_loop import run_training
+
+X = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+Y = (X.sum(1) > 0).long()
+ALL = {"tensorboard": True, "wandb_enable": True, "mlflow_enable": True, "system_metrics_interval": 0.02, "histogram_every_steps": 4,
+       "monitoring_alerts": {"nan": True, "spike": True}, "monitoring_system_metrics_extended": True}
+# the class whose `emit` a record goes through, and the package that it cannot do without
+SINKS = {
+    "ndjson": ("codex_ml.telemetry.ndjson", "NdjsonWriter", None), "alerts": ("codex_ml.telemetry.alerts", "Alerts", None),
+    "tensorboard": ("codex_ml.telemetry.tensorboard", "TensorBoardSink", "tensorboard"),
+    "wandb": ("codex_ml.telemetry.wandb", "WandbSink", "wandb"), "mlflow": ("codex_ml.telemetry.mlflow", "MlflowSink", "mlflow"),
+}
+pytestmark = pytest.mark.slow
+
+
+class Clock:
+    """The moment of the last step."""
+
+    def on_step_end(self, step, state):
+        self.last = time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One store for all runs, since to make one takes seconds."""
+    pytest.importorskip("mlflow")
+    return tmp_path_factory.mktemp("mlflow")
+
+
+def train(folder, callbacks=(), **options):
+    return run_training(model_name="mlp", model_args={"dropout": 0.2}, data=(X, Y), eval_data=(X[:8], Y[:8]), batch_size=8, epochs=2,
+                        threads=1, grad_accum=2, checkpoint_dir=folder, progress="off", log_every_steps=1, callbacks=callbacks, **options)
+
+
+@pytest.fixture(scope="module")
+def unwatched(tmp_path_factory):
+    result = train(tmp_path_factory.mktemp("unwatched"), metrics_out=None, system_metrics_interval=0)
+    return result["checkpoint_sha256_last"]
+
+
+def test_all_sinks(tmp_path, unwatched, store):
+    class Slowly:  # a run as long as a store needs to come up
+        def on_epoch_end(self, epoch, metrics, state):
+            time.sleep(4)
+
+    result = train(tmp_path, callbacks=[Slowly()], mlflow_dir=str(store), **ALL)
+    assert result["checkpoint_sha256_last"] == unwatched
+    assert result["sink_errors"] == {}
+    records = read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]
+    kinds = {r["$schema"] for r in records}
+    assert kinds == {f"codex_ml/{kind}.v1" for kind in ("metrics", "event", "system", "manifest")}
+    assert list(tmp_path.glob("tensorboard/events*")) and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert (store / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, package) in SINKS.items() if package] + ["psutil"])
+def test_an_absent_package(name, tmp_path, unwatched, store, monkeypatch, caplog):
+    package = SINKS[name][2] if name in SINKS else name
+    for module in [m for m in sys.modules if m == package or m.startswith(package + ".")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    if name == "psutil":
+        for module in [m for m in sys.modules if m.startswith("codex_ml.telemetry.") and hasattr(sys.modules[m], "psutil")]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delitem(sys.modules, "codex_ml.telemetry.system", raising=False)
+    wanted = {"tensorboard": {"tensorboard": True}, "wandb": {"wandb_enable": True}, "psutil": {"system_metrics_interval": 0.02},
+              "mlflow": {"mlflow_enable": True, "mlflow_dir": str(store)}}[name]
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        result = train(tmp_path, **wanted)
+    assert result["checkpoint_sha256_last"] == unwatched and result["status"] == "completed"
+    assert sum(package in r.getMessage() for r in caplog.records) == 1, caplog.text  # told once
+    assert len([r for r in read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0] if r.get("metric") == "loss"]) == 20
+
+
+def breaks(monkeypatch, name, at, how):
+    """From its `at`-th record on, the sink does `how()`."""
+    module, owner, _ = SINKS[name]
+    owner = getattr(importlib.import_module(module), owner)
+    emit, count = owner.emit, 0
+
+    def broken(self, record):
+        nonlocal count
+        count += 1
+        if count >= at:
+            how()
+        return emit(self, record)
+
+    monkeypatch.setattr(owner, "emit", broken)
+
+
+def fail():
+    raise ConnectionError("nobody answers")
+
+
+@pytest.mark.parametrize("at", [1, 3, 20])
+@pytest.mark.parametrize("name", SINKS)
+def test_failing_at_a_call(name, at, tmp_path, unwatched, store, monkeypatch, caplog):
+    breaks(monkeypatch, name, at, fail)
+    only = {"tensorboard": {"tensorboard": True}, "wandb": {"wandb_enable": True}, "ndjson": {},
+            "mlflow": {"mlflow_enable": True, "mlflow_dir": str(store)}, "alerts": {"monitoring_alerts": {"nan": True}}}[name]
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        result = train(tmp_path, **only)
+    assert result["checkpoint_sha256_last"] == unwatched and result["sink_errors"][name] > 1
+    assert sum("nobody answers" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SINKS if name != "ndjson"])
+def test_hanging_for_ever(name, tmp_path, unwatched, store, monkeypatch, caplog):
+    released, clock = threading.Event(), Clock()
+    breaks(monkeypatch, name, 2, lambda: released.wait(120))
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        result = train(tmp_path, callbacks=[clock], mlflow_dir=str(store), **ALL)
+    took = time.monotonic() - clock.last
+    released.set()
+    assert result["checkpoint_sha256_last"] == unwatched and result["status"] == "completed"
+    assert took < 5 and f"the sink {name!r} was given up" in caplog.text
+    assert len([r for r in read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0] if r.get("metric") == "loss"]) == 20

@@ -12,9 +12,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := 2.13.0
 KILLS ?= 1000
+# tests see no keys that their user trusts
+ALONE := env -u CODEX_ML_KEYS XDG_CONFIG_HOME=$(CURDIR)/$(VENV)/config
 JOBS ?= 2
 
-.PHONY: help train test lab docs bench kill-test mlflow-ui mlflow-ui-smoke sync outputs readme sync-check readme-check nbtest pytest lint types dev lock clean
+.PHONY: help train test lab docs bench kill-test torture mlflow-ui mlflow-ui-smoke sync outputs readme sync-check readme-check nbtest pytest lint types dev lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +41,9 @@ bench: $(VENV)/dev.stamp ## print speed and memory beside a bare PyTorch loop; A
 
 kill-test: $(VENV)/dev.stamp ## kill a training process KILLS times at random instants and demand the same hash
 	@KILLS=$(KILLS) $(PY) -m pytest tests/test_kill.py
+
+torture: $(VENV)/dev.stamp ## try every fault in full, 25 to 60 minutes on 2 cores; ARGS="--seed N", "--write" for the table in the docs
+	@$(PY) -m tools.torture --jobs $(JOBS) --kills $(KILLS) $(ARGS)
 
 mlflow-ui: $(VENV)/dev.stamp ## serve MLflow's pages of the runs here, on 127.0.0.1, until Ctrl-C; ARGS="--dir FOLDER --port N"
 	@$(PY) -m codex_ml.telemetry.mlflow_ui ui $(ARGS)
@@ -75,10 +80,10 @@ types: $(VENV)/dev.stamp
 	@PYRIGHT_PYTHON_GLOBAL_NODE=0 $(PY) -m pyright --pythonpath $(PY)
 
 nbtest: $(VENV)/dev.stamp
-	@OMP_NUM_THREADS=1 $(PY) -m tools.nbtest --jobs $(JOBS) $(ARGS)
+	@$(ALONE) OMP_NUM_THREADS=1 $(PY) -m tools.nbtest --jobs $(JOBS) $(ARGS)
 
 pytest: $(VENV)/dev.stamp
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
+	@$(ALONE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # ---- set-up: a stamp says that an installation was finished for these two files
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.checkpoints import load, memory, save
+from benchmarks.fingerprints import fingerprints
 from benchmarks.measure import Figure
 from benchmarks.starts import first_batch, imports, record
 from benchmarks.steps import gpt_step, mlp_step
@@ -21,7 +22,7 @@ from benchmarks.telemetry import scalar, summary
 from benchmarks.watching import sampler, sinks
 
 BENCHMARKS = {f.__name__: f for f in (mlp_step, gpt_step, save, load, memory, first_batch, imports, record, scalar, summary, sinks,
-                                     sampler)}
+                                     sampler, fingerprints)}
 SCALE = {"ms": 1e3, "µs": 1e6}  # times are kept in seconds
 COLUMNS = "{:29}{:27}{:>8}   {:33}{:>9}{:>9}  {:16}{}"
 

@@ -20,6 +20,7 @@ _PUBLIC = {
     "MonitoringConfig": "codex_ml.config",
     "TrainConfig": "codex_ml.config",
     "evaluate": "codex_ml.evaluator",
+    "verify_run": "codex_ml.integrity",
     "Metric": "codex_ml.metrics",
     "build_model": "codex_ml.models",
     "generate": "codex_ml.models",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from codex_ml.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
     from codex_ml.config import CheckpointConfig, MonitoringConfig, ReproducibilityConfig, RetentionConfig, SchedulerConfig, TrainConfig
     from codex_ml.evaluator import evaluate
+    from codex_ml.integrity import verify_run
     from codex_ml.metrics import Metric
     from codex_ml.models import build_model, generate
     from codex_ml.registry import register
@@ -69,6 +71,7 @@ __all__ = [
     "set_cudnn_deterministic",
     "set_seed",
     "verify_checkpoint",
+    "verify_run",
 ]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parts', 'choose_device', 'open_run_data', 'assemble', 'identity_of']
 
-# %% ../nbs/54_assembly.ipynb #cfcddee7
+# %% ../nbs/54_assembly.ipynb #6a19d076
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from .durable import CorruptFile
 from .strict_json import plain, read_json
 from .loop import Callbacks, Run
 from .models import build_model
-from .optimizers import build_optimizer
+from .optimizers import OptimizerError, build_optimizer
 from .registry import get
+from .secrets import redact
 from .seeding import key, resolve_seed, seed_everything
 from .settings import IDENTITY
 from .sources import Data, open_data
@@ -71,12 +72,14 @@ def open_run_data(config: TrainConfig, parts: Parts) -> Data:
                      vocab_size=config.vocab_size, block_size=config.block_size, text_field=config.text_field,
                      eval_fraction=config.eval_fraction, saved_tokenizer=saved)
 
-# %% ../nbs/54_assembly.ipynb #a6bed9fa
+# %% ../nbs/54_assembly.ipynb #1a8fb3e7
 def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
     "A run at its first step."
     device, seed = choose_device(config.device), resolve_seed(config.seed)
     get("schedulers", config.scheduler.type)  # a wrong name is told now, not after the first epoch
     parse_rules(config.monitoring.alerts)  # and a wrong rule
+    for name in (name for name, wish in config.monitoring.sinks.items() if wish):
+        get("sinks", name)
     pin = device.type == "cuda"
     batches = make_batches(data.train, config.batch_size, seed, config.steps_per_epoch or data.steps_per_epoch,
                            num_workers=config.num_workers, pin_memory=pin)
@@ -87,6 +90,10 @@ def assemble(config: TrainConfig, parts: Parts, data: Data) -> Run:
     model = build_model(config.model_name if parts.model is None else parts.model, spec, config.model_args).to(device)
     optimizer = build_optimizer(config.optimizer if parts.optimizer is None else parts.optimizer, model,
                                 learning_rate=config.learning_rate, weight_decay=config.weight_decay, args=config.optimizer_args)
+    own = {id(parameter) for parameter in model.parameters()}
+    if config.checkpoint.dir and any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise OptimizerError("the optimizer holds a parameter that is not the model's, so no checkpoint would hold its value: make it an "
+                             "attribute of a module of the model, or train without checkpoint.dir")
     state = TrainState(model, optimizer, device, config.epochs, config.grad_accum, config.scheduler, batches.steps_per_epoch)
     return Run(state, batches, seed, loss_fn=parts.loss_fn, eval_batches=held_out, eval_steps=config.eval_steps or data.eval_steps,
                eval_fn=parts.eval_fn, tokens="vocab_size" in spec, grad_clip=config.grad_clip, on_nan=config.on_nan,
@@ -109,4 +116,4 @@ def identity_of(config: TrainConfig, parts: Parts, data: Data, run: Run, threads
     if parts.optimizer is not None:
         groups = run.state.optimizer.param_groups
         identity |= {"optimizer": type(run.state.optimizer).__name__, "optimizer_groups": [_settings(group) for group in groups]}
-    return plain(identity)  # as it will be read back: a tuple is a list there
+    return redact(plain(identity))  # as it will be read back: a tuple is a list there

@@ -7,12 +7,12 @@ __all__ = ['CheckpointError', 'canonical', 'serialize', 'deserialize', 'Checkpoi
            'save_checkpoint', 'move_aside', 'write_pointer', 'read_pointer', 'verify_checkpoint', 'load_checkpoint',
            'newest_verified', 'drop_older_steps']
 
-# %% ../nbs/21_checkpoint.ipynb #7003e1a3
+# %% ../nbs/21_checkpoint.ipynb #b6abc68a
 import os
 import re
 import shutil
 import sys
-import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .durable import (CorruptFile, fsync_dir, publish_folder, remove_folder, sha256_file, storage_errors, temporary,
-                             verified_copy, write_file)
+from .archive import check_archive
+from .durable import (CorruptFile, fsync_dir, publish_folder, remove_folder, retried, sha256_file, storage_errors,
+                             temporary, unreadable, verified_copy, write_file)
 from .strict_json import json_text, read_json, write_json
 
 # %% ../nbs/21_checkpoint.ipynb #14136610
@@ -59,7 +60,7 @@ def canonical(value: Any, path: str = "state") -> Any:
     raise CheckpointError(f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: "
                           "keep tensors, numbers, strings, lists and dicts in it (for a module, through get_extra_state)")
 
-# %% ../nbs/21_checkpoint.ipynb #b5b32744
+# %% ../nbs/21_checkpoint.ipynb #e8daa9d1
 def serialize(state: Any, file: Any) -> None:
     "Write the canonical bytes of `state` into the open binary `file`."
     crc = torch.serialization.get_crc32_options()
@@ -75,18 +76,10 @@ def deserialize(file: BinaryIO) -> Any:
 
     Only plain data is built, never code run; an archive that could swell while it is read is refused (`CorruptFile`).
     """
-    size = os.fstat(file.fileno()).st_size
-    try:
-        entries = zipfile.ZipFile(file).infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CorruptFile(f"it is not a checkpoint archive: {error}") from error
-    stored = all(entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size for entry in entries)
-    names = {entry.filename for entry in entries}
-    if not stored or len(names) != len(entries) or sum(entry.file_size for entry in entries) > size:
-        raise CorruptFile("its archive has compressed, doubled or overlapping entries")
+    check_archive(file)
     return torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
 
-# %% ../nbs/21_checkpoint.ipynb #8ad62a7b
+# %% ../nbs/21_checkpoint.ipynb #2bc4de5d
 _names = re.compile(r"(epoch)-([0-9]{4,12})|(step)-([0-9]{8,15})", re.ASCII)
 
 
@@ -122,16 +115,35 @@ class Checkpoint:
         return self.epoch if self.metadata else float("inf"), int(self.name[5:])
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _checked_metadata(folder: Path) -> dict[str, Any]:
+    "`metadata.json`; else `CorruptFile`, naming the field and its value."
+    metadata = read_json(folder/"metadata.json", max_bytes=1 << 20)
+    number, own = "a whole number from 0 on", "epoch" if folder.name.startswith("epoch-") else "global_step"
+    wanted = {"epoch": number, "global_step": number, "checkpoint_sha256": "64 hexadecimal digits in lower case"}
+    for field, what in wanted.items():
+        value = metadata.get(field)
+        if not (type(value) is int and value >= 0 if what is number else type(value) is str and re.fullmatch("[0-9a-f]{64}", value)):
+            raise CorruptFile(f"{field}={_shown(value)}: it has to be {what}")
+    if metadata[own] != int(folder.name.rpartition("-")[2]):  # a copy of another's
+        raise CorruptFile(f"{own}={_shown(metadata[own])}: it belongs to another checkpoint")
+    if metadata.get("schema_version", "v1") != "v1":
+        raise CorruptFile(f"schema_version={_shown(metadata['schema_version'])}: this codex_ml reads 'v1'; a newer one wrote it")
+    return metadata
+
+
+def _shown(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}…"
+
+
+def _read_metadata(folder: Path, strict: bool = False) -> dict[str, Any]:
     try:
-        metadata = read_json(folder/"metadata.json", max_bytes=1 << 20)
-    except CorruptFile:
+        return _checked_metadata(folder)
+    except CorruptFile as error:
+        if strict:
+            path = folder/"metadata.json"
+            reason = str(error).removeprefix(f"{path} ")
+            raise CorruptFile(f"{path} cannot be used, so {folder.name} cannot be verified: {reason}") from error
         return {}
-    numbers = (metadata.get("epoch"), metadata.get("global_step"))
-    sha256 = metadata.get("checkpoint_sha256")
-    good = all(type(n) is int and n >= 0 for n in numbers) and isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
-    own = numbers[0 if folder.name.startswith("epoch-") else 1] == int(folder.name.rpartition("-")[2])  # not a copy of another's
-    return metadata if good and own else {}
 
 
 def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
@@ -139,18 +151,24 @@ def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
     root = Path(checkpoint_dir)
     if not root.is_dir():
         return []
-    folders = [p for p in root.iterdir() if _names.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    try:
+        entries = list(root.iterdir())
+    except OSError as error:
+        raise unreadable(root, error) from error
+    folders = [p for p in entries if _names.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     found = [Checkpoint(p, _read_metadata(p)) for p in folders]
     return sorted(found, key=lambda c: c.place, reverse=True)
 
-# %% ../nbs/21_checkpoint.ipynb #778e0b62
+# %% ../nbs/21_checkpoint.ipynb #3e77b7db
 def utc_now() -> str:
     "UTC, to the second, as `2025-09-26T02:30:12Z`."
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata: dict[str, Any], manifest: dict[str, Any]) -> Checkpoint:
-    """Write `state` as checkpoint `name` and return it; its hash and size join `metadata`.
+def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata: dict[str, Any], manifest: dict[str, Any],
+                    sign: Callable[[str, Mapping[str, str], Mapping[str, Any]], str | None] | None = None) -> Checkpoint:
+    """Write `state` as checkpoint `name` and return it; its hash and size join `metadata`, and a signature is put beside it: what
+    `sign(name, SHA-256 of each file, metadata)` returns, if it does.
 
     When this returns, the checkpoint survives a power cut. When it raises (`StorageError`, `CheckpointError`), nothing has changed.
     A folder of that name that is in the way (it did not verify, or the run would have gone on from it) is moved aside.
@@ -162,8 +180,11 @@ def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata:
     try:
         written = write_file(tmp/"checkpoint.pt", lambda file: serialize(state, file))
         metadata = metadata | {"checkpoint_sha256": written.sha256, "checkpoint_bytes": written.bytes}
+        digests = {"checkpoint.pt": written.sha256}
         for file, content in (("metadata.json", metadata), ("run_manifest.json", manifest)):
-            write_file(tmp/file, json_text(content))
+            digests[file] = write_file(tmp/file, json_text(content)).sha256
+        if sign and (signature := sign(name, digests, metadata)):
+            write_file(tmp/"checkpoint.sigstore.json", signature)  # before it has its name: none is ever there unsigned
         if (root/name).exists():
             move_aside(root, [name])
         publish_folder(tmp, root/name)
@@ -172,7 +193,7 @@ def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata:
         raise
     return Checkpoint(root/name, metadata)
 
-# %% ../nbs/21_checkpoint.ipynb #e1ca51ae
+# %% ../nbs/21_checkpoint.ipynb #6f143d55
 def move_aside(checkpoint_dir: str | Path, names: list[str]) -> Path:
     "Move entries of the run's folder into a new `aside-0001` (0002, …) in it: nothing is ever overwritten."
     root = Path(checkpoint_dir)
@@ -180,13 +201,14 @@ def move_aside(checkpoint_dir: str | Path, names: list[str]) -> Path:
     aside = root/f"aside-{max(taken, default=0) + 1:04d}"
     with storage_errors(aside):
         aside.mkdir()
+        fsync_dir(root)  # before anything is in it
         for name in names:
-            (root/name).rename(aside/name)
+            retried(os.rename, root/name, aside/name)
         fsync_dir(aside)
         fsync_dir(root)
     return aside
 
-# %% ../nbs/21_checkpoint.ipynb #05a46a27
+# %% ../nbs/21_checkpoint.ipynb #c3afa123
 def write_pointer(checkpoint_dir: str | Path, pointer: dict[str, Any]) -> None:
     "Point `latest.json` at a checkpoint that is durable already."
     root = Path(checkpoint_dir)
@@ -204,18 +226,20 @@ def read_pointer(checkpoint_dir: str | Path) -> tuple[dict[str, Any] | None, lis
         path = Path(checkpoint_dir)/name
         try:
             pointer = read_json(path, max_bytes=1 << 20)
-            if not _names.fullmatch(str(pointer.get("path"))):
-                raise CorruptFile(f"{path} names {pointer.get('path')!r}, which is not a checkpoint's name")
+            if not isinstance(named := pointer.get("path"), str) or not _names.fullmatch(named):
+                raise CorruptFile(f"{path} cannot be used: path={_shown(named)} is not a checkpoint's name")
+            if pointer.get("schema_version", "v1") != "v1":
+                raise CorruptFile(f"{path} cannot be used: schema_version={_shown(pointer['schema_version'])}, and 'v1' is known")
             return pointer, problems
         except CorruptFile as error:
-            problems.append(str(error))
+            problems.append(f"{error}. It is only a shortcut: the newest checkpoint that verifies is taken")
     return None, problems
 
-# %% ../nbs/21_checkpoint.ipynb #817c9761
+# %% ../nbs/21_checkpoint.ipynb #34c48ae4
 def verify_checkpoint(checkpoint: Checkpoint) -> str:
     "The SHA-256 of `checkpoint.pt`, if it is the recorded one; else `CorruptFile`, naming the file and both hashes."
     if checkpoint.sha256 is None:
-        raise CorruptFile(f"{checkpoint.folder/'metadata.json'} cannot be used, so {checkpoint.name} cannot be verified")
+        _read_metadata(checkpoint.folder, strict=True)  # says what is wrong with it
     found = sha256_file(checkpoint.folder/"checkpoint.pt")
     if found != checkpoint.sha256:
         raise CorruptFile(f"{checkpoint.folder/'checkpoint.pt'} has SHA-256 {found}, but {checkpoint.sha256} was recorded")
@@ -225,20 +249,24 @@ def verify_checkpoint(checkpoint: Checkpoint) -> str:
 def load_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     "The state of a checkpoint, from the very bytes that hashed to the recorded value; else `CorruptFile`."
     if checkpoint.sha256 is None:
-        raise CorruptFile(f"{checkpoint.folder/'metadata.json'} cannot be used, so {checkpoint.name} cannot be verified")
+        _read_metadata(checkpoint.folder, strict=True)  # says what is wrong with it
     path = checkpoint.folder/"checkpoint.pt"
-    with verified_copy(path, checkpoint.sha256) as copy:
+    with verified_copy(path, str(checkpoint.sha256)) as copy:
         try:
             state = deserialize(copy)
         except Exception as error:  # whatever the parser says: bytes that verify but do not parse were never a checkpoint
-            raise CorruptFile(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+            reason = [*str(error).splitlines(), type(error).__name__][0]  # some have no text
+            if "Weights only" in reason:  # torch goes on to say how to run it all the same
+                reason = "it holds more than plain data, and code from a file is never run"
+            raise CorruptFile(f"{path} cannot be loaded: {reason}") from error
     place = {"epoch": checkpoint.epoch, "global_step": checkpoint.metadata["global_step"]}
     if not isinstance(state, dict) or {k: state.get(k) for k in place} != place:
         raise CorruptFile(f"{path} is not the checkpoint of {checkpoint.name}: its content belongs to another place")
     return state
 
-# %% ../nbs/21_checkpoint.ipynb #616239b7
-def newest_verified(checkpoint_dir: str | Path, strict: bool = False) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
+# %% ../nbs/21_checkpoint.ipynb #3c685927
+def newest_verified(checkpoint_dir: str | Path, strict: bool = False, load: Callable[[Checkpoint], dict[str, Any]] = load_checkpoint,
+                    ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """The newest checkpoint that verifies, its state, and what was wrong on the way. (None, {}, problems) where none does.
 
     With `strict`, `CheckpointError` where the newest one is broken (it names the next good one and how to take it) or none verifies.
@@ -252,7 +280,7 @@ def newest_verified(checkpoint_dir: str | Path, strict: bool = False) -> tuple[C
         broken.append(f"{root/'latest.json'} names {pointer['path']}, which is not there")
     for checkpoint in checkpoints:
         try:
-            state = load_checkpoint(checkpoint)
+            state = load(checkpoint)
         except CorruptFile as error:
             broken.append(str(error))
             continue
@@ -265,12 +293,14 @@ def newest_verified(checkpoint_dir: str | Path, strict: bool = False) -> tuple[C
                               "copy, or start anew with checkpoint.resume=false (it moves them aside)")
     return None, {}, problems + broken
 
-# %% ../nbs/21_checkpoint.ipynb #681e6144
+# %% ../nbs/21_checkpoint.ipynb #8a768672
 def drop_older_steps(checkpoint_dir: str | Path, newest: Checkpoint) -> list[str]:
     "Remove the `step-…` checkpoints that `newest` replaces; returns those that could not be removed."
     failed = []
-    for old in list_checkpoints(checkpoint_dir):
-        if not old.is_epoch and old.name != newest.name and (old.place <= newest.place or not old.metadata):
+    for folder in Path(checkpoint_dir).glob("step-*"):  # epochs are not looked at: a run has thousands
+        old = Checkpoint(folder, _read_metadata(folder))
+        known = _names.fullmatch(old.name) and folder.is_dir() and not folder.is_symlink() and old.name != newest.name
+        if known and (old.place <= newest.place or not old.metadata):
             try:
                 remove_folder(old.folder)
             except OSError:

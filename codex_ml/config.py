@@ -7,9 +7,9 @@ __all__ = ['KEYS', 'UNDERSCORED', 'CHOICES', 'RetentionConfig', 'CheckpointConfi
            'NdjsonConfig', 'SystemMetricsConfig', 'MonitoringConfig', 'TrainConfig', 'ConfigError', 'field_of',
            'known_key', 'flatten', 'given', 'set_key', 'default_of', 'type_name', 'from_text', 'check']
 
-# %% ../nbs/04_config.ipynb #43060e5a
+# %% ../nbs/04_config.ipynb #42fd7c62
 import json
-import math
+import sys
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -34,7 +34,7 @@ class _Remembers:
         if name not in _Remembers.__slots__ and self._made:
             self._given.add(name)
 
-# %% ../nbs/04_config.ipynb #6229a653
+# %% ../nbs/04_config.ipynb #74a357a0
 @dataclass
 class RetentionConfig(_Remembers):
     "Which epoch checkpoints stay. All `None`: every one. The latest, the best and the newest verified stay in any case."
@@ -53,6 +53,10 @@ class CheckpointConfig(_Remembers):
     every_steps: int | None = None  # also save every N steps, inside an epoch
     strict: bool = False  # errors where the default is to warn and to fall back
     allow_drift: bool = False  # go on although keys that change the run's identity differ
+    sign: bool = False  # put a signature beside every checkpoint
+    key: str | None = None  # the private key that signs; None: the one that `codex-ml keys new` makes
+    signature: str | None = None  # required, warn, off; None: required where a key is trusted, else off
+    trusted_keys: str | None = None  # the folder of trusted keys; None: CODEX_ML_KEYS, else the user's
     retention: RetentionConfig = field(default_factory=RetentionConfig)
 
 
@@ -97,7 +101,7 @@ class MonitoringConfig(_Remembers):
     alerts: dict[str, Any] = field(default_factory=dict)  # rules by name, e.g. nan=true
     sinks: dict[str, Any] = field(default_factory=dict)  # registered sinks to open as well, by name, e.g. mine=true
 
-# %% ../nbs/04_config.ipynb #40df881b
+# %% ../nbs/04_config.ipynb #23c6bb6b
 @dataclass
 class TrainConfig(_Remembers):
     "Everything that a run can be told by name. Defaults train a small GPT on the source of Python's standard library."
@@ -128,6 +132,7 @@ class TrainConfig(_Remembers):
     log_every_steps: int = 10
     system_metrics_interval: float = 10.0  # seconds between two looks at the machine; 0 starts no thread
     histogram_every_steps: int | None = None  # histograms of weights and gradients
+    fingerprint_every_steps: int | None = 500  # a hash of every tensor, and a line of each step's fingerprints; None or 0 leaves none
     tensorboard: bool = False
     tensorboard_dir: str = "tensorboard"  # under the run's folder where there is one
     wandb_enable: bool = False  # offline, unless WANDB_MODE says otherwise
@@ -140,7 +145,7 @@ class TrainConfig(_Remembers):
     reproducibility: ReproducibilityConfig = field(default_factory=ReproducibilityConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
-# %% ../nbs/04_config.ipynb #77dbe69e
+# %% ../nbs/04_config.ipynb #4a70dabf
 class ConfigError(ValueError):
     "A key, a type or a value that cannot be: one line that names it and the nearest right one."
 
@@ -156,7 +161,8 @@ def _keys(cls: type, prefix: str = "") -> dict[str, Any]:
 KEYS: dict[str, Any] = _keys(TrainConfig)  # dotted key → type
 UNDERSCORED = {key.replace(".", "_"): key for key in KEYS}  # keyword of run_training → dotted key
 _OFTEN_MEANT = {"lr": "learning_rate", "model": "model_name", "bs": "batch_size", "workers": "num_workers", "resume": "checkpoint.resume",
-                "dir": "checkpoint.dir", "checkpoint_dir": "checkpoint.dir", "dropout": "model_args.dropout",
+                "mlflow": "mlflow_enable", "wandb": "wandb_enable", "dir": "checkpoint.dir", "checkpoint_dir": "checkpoint.dir",
+                "dropout": "model_args.dropout",
                 "max_epochs": "epochs", "gradient_accumulation_steps": "grad_accum", "log_interval": "log_every_steps"}
 
 # %% ../nbs/04_config.ipynb #4a2c3e85
@@ -220,7 +226,7 @@ def default_of(key: str) -> Any:
     f = next(f for f in fields(cls) if f.name == path[-1])
     return f.default if f.default is not MISSING else f.default_factory()  # pyright: ignore
 
-# %% ../nbs/04_config.ipynb #bc985fae
+# %% ../nbs/04_config.ipynb #4c24c0ae
 def type_name(hint: Any) -> str:
     "A type in words."
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -235,7 +241,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(isinstance(k, str) for k in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # NaN is not
     return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
 
 
@@ -253,19 +259,17 @@ def from_text(key: str, text: str) -> Any:
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     for option in options:
         try:
-            if option is bool:
-                return words[text.lower()]
-            if option in (int, float, str):
-                return option(text)
-        except (ValueError, KeyError):
+            return words[text.lower()] if option is bool else option(text)
+        except (ValueError, KeyError, TypeError):  # TypeError: None takes no text
             continue
     raise ConfigError(f"{key} = {text}: it takes {type_name(hint)}")
 
-# %% ../nbs/04_config.ipynb #b630e6eb
-CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step")}
+# %% ../nbs/04_config.ipynb #7ea14de1
+CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step"),
+           "checkpoint.signature": ("required", "warn", "off")}
 _AT_LEAST = {"epochs": 0, "seed": 0, "learning_rate": 0, "weight_decay": 0, "num_workers": 0, "scheduler.warmup": 0,
              "scheduler.final_lr_scale": 0, "scheduler.gamma": 0, "eval_fraction": 0, "system_metrics_interval": 0,
-             "monitoring.ndjson.backups": 0}
+             "monitoring.ndjson.backups": 0, "fingerprint_every_steps": 0}
 _POSITIVE = {key for key, hint in KEYS.items() if hint in (int, int | None)} - set(_AT_LEAST) | {
     "grad_clip", "monitoring.ndjson.max_age", "monitoring.ndjson.fsync_seconds"}
 
@@ -288,13 +292,18 @@ def check(config: TrainConfig, origins: dict[str, str] | None = None) -> None:
             refuse(key, value, "a number above 0" + (", or null" if type(None) in get_args(KEYS[key]) else ""))
         if key in _AT_LEAST and value < 0:
             refuse(key, value, "a number from 0 on")
+        most = 2**63 if key.endswith("max_bytes") else 10**12  # what the name of an epoch holds, and more than another key has a use for
+        if type(value) is int and value >= most and key != "seed":
+            refuse(key, value if value < 10**99 else float("inf"), f"a number up to {most - 1}")
     if config.seed is not None and config.seed >= 2**32:
         refuse("seed", config.seed, f"a whole number up to {2**32 - 1}")
+    if config.batch_size > 1 << 24:
+        refuse("batch_size", config.batch_size, f"a number up to {1 << 24:,}")
     if (config.threads or 0) > 1024:  # beyond what a process is given, starting them ends in a crash
         refuse("threads", config.threads, "a number up to 1024, or null")
     if config.eval_fraction >= 1:
         refuse("eval_fraction", config.eval_fraction, "a number below 1")
-    for key in ("checkpoint.dir", "metrics_out", "data", "tensorboard_dir", "mlflow_dir"):
+    for key in ("checkpoint.dir", "checkpoint.key", "checkpoint.trusted_keys", "metrics_out", "data", "tensorboard_dir", "mlflow_dir"):
         value = flatten(config)[key]
         if value is not None and (not value.strip() or "\0" in value or len(value) > 4000):
             refuse(key, value[:40], "a path" + (", or null" if type(None) in get_args(KEYS[key]) else ""))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Content', 'CHUNK', 'StorageError', 'CorruptFile', 'storage_error', 'storage_errors', 'HashingFile', 'Written',
-           'write_file', 'temporary', 'fsync_dir', 'write_atomic', 'publish_folder', 'remove_folder', 'sweep',
-           'open_regular', 'verified_copy', 'sha256_file']
+           'write_file', 'temporary', 'fsync_dir', 'retried', 'write_atomic', 'make_folder', 'publish_folder',
+           'remove_folder', 'sweep', 'unreadable', 'open_regular', 'verified_copy', 'sha256_file']
 
-# %% ../nbs/00_durable.ipynb #bdd82335
+# %% ../nbs/00_durable.ipynb #23fba937
 import errno
 import hashlib
 import io
@@ -18,8 +18,9 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -93,15 +94,15 @@ class Written:
     sha256: str
     bytes: int
 
-# %% ../nbs/00_durable.ipynb #250163e9
+# %% ../nbs/00_durable.ipynb #0013254f
 Content = bytes | bytearray | str | Callable[[Any], Any]
 
 
-def write_file(path: str | os.PathLike, content: Content) -> Written:
+def write_file(path: str | os.PathLike, content: Content, mode: int = 0o644) -> Written:
     "Create `path` (it must not exist), write all of `content`, `fsync` it. Raises `StorageError`; then no file is left."
     path = Path(path)
     with storage_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     out = HashingFile(fd)
     try:
         if callable(content):
@@ -110,30 +111,29 @@ def write_file(path: str | os.PathLike, content: Content) -> Written:
             out.write(content.encode() if isinstance(content, str) else content)
         os.fsync(fd)
     except BaseException as error:
+        with suppress(OSError):  # the error that brought us here is the one to tell
+            os.close(fd)
         _unlink(path)
         first = out.error or error
         if isinstance(first, OSError):
             raise storage_error(first, path, out.bytes) from first
         raise first from None
-    finally:
+    with suppress(OSError):  # all of it is on the disk: nothing that closing may complain of
         os.close(fd)
     return Written(path, out.hash.hexdigest(), out.bytes)
 
 
 def _unlink(path: Path) -> None:
-    try:
+    with suppress(OSError):  # the error that brought us here is the one to tell; `sweep` takes the leftover
         path.unlink(missing_ok=True)
-    except OSError:  # the error that brought us here is the one to tell; `sweep` takes the leftover
-        return
 
-# %% ../nbs/00_durable.ipynb #68d8031c
+# %% ../nbs/00_durable.ipynb #4a8b0a39
 _count = itertools.count()
 
 
 def temporary(path: str | os.PathLike, kind: str = "tmp") -> Path:
     "A name beside `path` that `sweep` knows for a leftover: `.tmp-PID-N-NAME`."
-    path = Path(path)
-    return path.with_name(f".{kind}-{os.getpid()}-{next(_count)}-{path.name}")
+    return Path(path).with_name(f".{kind}-{os.getpid()}-{next(_count)}-{Path(path).name}")
 
 
 def fsync_dir(folder: str | os.PathLike) -> None:
@@ -142,41 +142,62 @@ def fsync_dir(folder: str | os.PathLike) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        with suppress(OSError):
+            os.close(fd)
+
+
+def retried(rename: Callable[[Any, Any], None], source: Path, target: Path) -> None:
+    "A rename, tried anew for half a second where a network file system says that it is busy or that a handle went stale."
+    for pause in (0.01, 0.1, 0.4):
+        try:
+            return rename(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ESTALE, errno.EINTR):
+                raise
+        time.sleep(pause)
+    rename(source, target)
 
 
 def write_atomic(path: str | os.PathLike, content: Content) -> Written:
     "Replace `path` by `content`, or leave it as it was. When this returns, the new content survives a power cut."
-    path = Path(path)
-    tmp = temporary(path)
+    path, tmp = Path(path), temporary(path)
     written = write_file(tmp, content)
     try:
-        os.replace(tmp, path)
+        retried(os.replace, tmp, path)
         fsync_dir(path.parent)
     except OSError as error:
         _unlink(tmp)
         raise storage_error(error, path, written.bytes) from error
     return Written(path, written.sha256, written.bytes)
 
-# %% ../nbs/00_durable.ipynb #aaa15323
+# %% ../nbs/00_durable.ipynb #0ae92397
+def make_folder(path: str | os.PathLike, mode: int = 0o777) -> None:
+    "Make the folder `path`, and those above it that are missing, so that none of their names is lost in a power cut."
+    path = Path(path)
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(mode, parents=True, exist_ok=True)
+    for folder in missing or [path]:  # one that is there may have been made by a process that was killed before it could sync
+        with suppress(PermissionError):  # a folder above that may be entered, but not read
+            fsync_dir(folder.parent)
+
+
 def publish_folder(tmp: str | os.PathLike, final: str | os.PathLike) -> None:
     "Rename the complete folder `tmp`, whose files are synced, to `final` (which must not exist), durably."
     tmp, final = Path(tmp), Path(final)
     with storage_errors(final):
         fsync_dir(tmp)
-        os.rename(tmp, final)
+        retried(os.rename, tmp, final)
         fsync_dir(final.parent)
 
 
 def remove_folder(folder: str | os.PathLike) -> None:
     "Remove `folder` so that after a crash at any instant it is whole, or gone but for a leftover that `sweep` takes."
-    folder = Path(folder)
     trash = temporary(folder, "trash")
-    os.rename(folder, trash)
-    fsync_dir(folder.parent)
+    retried(os.rename, Path(folder), trash)
+    fsync_dir(trash.parent)
     shutil.rmtree(trash)
 
-# %% ../nbs/00_durable.ipynb #bebc11c6
+# %% ../nbs/00_durable.ipynb #fdb1dc08
 _leftover = re.compile(r"\.(?:tmp|trash)-([0-9]{1,10})-[0-9]+-.+", re.ASCII)
 
 
@@ -185,10 +206,8 @@ def _alive(pid: int) -> bool:
         return False  # `sweep` runs before this process writes there: the name is from an earlier process of the same number
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+    except (PermissionError, OverflowError, ProcessLookupError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -198,15 +217,23 @@ def sweep(folder: str | os.PathLike) -> list[str]:
     for path in sorted(Path(folder).iterdir()):
         match = _leftover.fullmatch(path.name)
         if match and not _alive(int(match[1])):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                _unlink(path)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
             swept.append(path.name)
     return swept
 
-# %% ../nbs/00_durable.ipynb #0284950c
+# %% ../nbs/00_durable.ipynb #0231aaea
 CHUNK = 1 << 20  # bytes hashed while they are still in the processor's cache
+
+
+_THIS_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EPERM)
+
+
+def unreadable(path: Path, error: OSError) -> OSError | ValueError:
+    "`StorageError` where this process lacks the means to read a file that may be sound; else `CorruptFile`."
+    if error.errno in _THIS_PROCESS:
+        return StorageError(error.errno, f"cannot read {path}: {error.strerror}. Nothing is wrong with the file itself, as far as can be "
+                                         "seen: mend the limit or the permission, then run the same command again.")
+    return CorruptFile(f"{path} cannot be read: {'it is a symbolic link' if error.errno == errno.ELOOP else error.strerror}")
 
 
 def open_regular(path: Path) -> int:
@@ -214,8 +241,7 @@ def open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise CorruptFile(f"{path} cannot be read: {reason}") from error
+        raise unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise CorruptFile(f"{path} is not a regular file")
@@ -229,16 +255,19 @@ def verified_copy(path: str | os.PathLike, sha256: str) -> BinaryIO:
     file meanwhile. The copy has a descriptor: it can be memory-mapped, and then nothing is copied again.
     """
     path = Path(path)
-    copy = os.fdopen(os.memfd_create(path.name), "w+b", 0) if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0)
-    try:
-        with os.fdopen(open_regular(path), "rb", 0) as file:
-            found = _hash_and_copy(file, copy)
-    except OSError as error:
-        copy.close()
-        raise CorruptFile(f"{path} cannot be read: {error.strerror}") from error
-    if found != sha256:
-        copy.close()
-        raise CorruptFile(f"{path} has SHA-256 {found}, but {sha256} was recorded when it was written")
+    with ExitStack() as undo:
+        try:
+            copy = os.fdopen(os.memfd_create(path.name), "w+b", 0) if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0)
+            undo.callback(copy.close)
+            with os.fdopen(open_regular(path), "rb", 0) as file:
+                found = _hash_and_copy(file, copy)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if found != sha256:
+            raise CorruptFile(f"{path} has SHA-256 {found}, but {sha256} was recorded when it was written")
+        undo.pop_all()
     copy.seek(0)
     return copy
 
@@ -246,13 +275,19 @@ def verified_copy(path: str | os.PathLike, sha256: str) -> BinaryIO:
 def _hash_and_copy(file: Any, copy: Any) -> str:
     "A thread fills the copy with what is hashed here: fresh memory costs two thirds of what the hash does."
     digest, free, filled, errors = hashlib.sha256(), SimpleQueue(), SimpleQueue(), []
+    buffer, total = memoryview(bytearray(CHUNK)), 0
+    while total < CHUNK:  # a small file is done before a thread has begun
+        if not (count := file.readinto(buffer)):
+            return digest.hexdigest()
+        digest.update(buffer[:count])
+        _write_all(copy, buffer[:count])
+        total += count
 
     def fill() -> None:
         while (chunk := filled.get()) is not None:
             try:
-                rest = chunk
-                while rest and not errors:
-                    rest = rest[copy.write(rest):]
+                if not errors:
+                    _write_all(copy, chunk)
             except BaseException as error:
                 errors.append(error)
             free.put(chunk.obj)
@@ -271,6 +306,11 @@ def _hash_and_copy(file: Any, copy: Any) -> str:
     if errors:
         raise errors[0]
     return digest.hexdigest()
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data):]
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_checkpoint', 'evaluation_of', 'evaluate_run', 'parse_words', 'usage', 'main']
 
-# %% ../nbs/62_evaluate_run.ipynb #81265021
+# %% ../nbs/62_evaluate_run.ipynb #2459aed3
 import json
 import sys
 import types
@@ -28,6 +28,7 @@ from .losses import LossError
 from .metrics import MetricError, NotFinite
 from .models import ModelError, build_model
 from .registry import ArgumentError, PluginError, UnknownName, nearest
+from .secrets import redact
 from .scorecard import EvaluationConfig, EvaluationResult
 from .seeding import key, preserve_rng, resolve_seed, seed_everything
 from .sources import Data, open_data
@@ -206,7 +207,7 @@ def parse_words(words: list[str]) -> dict[str, Any]:
         values[name] = _read(name, text)
     return values
 
-# %% ../nbs/62_evaluate_run.ipynb #236fc5d5
+# %% ../nbs/62_evaluate_run.ipynb #ceccbeb2
 def usage() -> str:
     "The keys and their defaults."
     defaults = EvaluationConfig()
@@ -231,7 +232,7 @@ def main(words: list[str] | None = None) -> int:
         print("\nstopped; no summary was written", file=sys.stderr)
         return 130
     except tuple(_CODES) as error:
-        print(f"codex-ml evaluate: {error}", file=sys.stderr)
+        print(f"codex-ml evaluate: {redact(str(error))}", file=sys.stderr)
         return next(code for kind, code in _CODES.items() if isinstance(error, kind))
     print(result)
     print("\n".join(["", f"checkpoint_sha256  {result['checkpoint']['sha256']}",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Subject', 'evaluate']
 
-# %% ../nbs/61_evaluator.ipynb #2e09f81c
+# %% ../nbs/61_evaluator.ipynb #9b102b06
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .checkpoint import utc_now
+from .config import ConfigError
 from .data import DataError, make_batches
 from .durable import storage_errors, sweep, write_atomic
 from .strict_json import write_json
@@ -27,6 +28,7 @@ from .losses import to_device
 from .metric_sources import name_of
 from .metrics import MetricError, NotFinite, Scored, scored
 from .scorecard import EvaluationConfig, EvaluationResult, Scorecard, check_evaluation
+from .secrets import redact
 from .seeding import key, preserve_rng, resolve_seed, seed_everything
 from .sources import Data, open_data
 from .telemetry.ndjson import NdjsonWriter
@@ -138,7 +140,7 @@ class _Job:
             self.notes.append(note)
         return None
 
-# %% ../nbs/61_evaluator.ipynb #2efa9f6b
+# %% ../nbs/61_evaluator.ipynb #e94b0a0f
 @dataclass(frozen=True)
 class Subject:
     "Which run and checkpoint is judged; of a model that is just at hand, nothing is known."
@@ -171,6 +173,8 @@ def evaluate(model: nn.Module, data: Any, config: EvaluationConfig | None = None
     Raises `MetricError` (`NotFinite` for NaN), `DataError`, `ConfigError`, `UnknownName`, `StorageError`; then no new summary is written.
     """
     begun, config = time.monotonic(), check_evaluation(config or EvaluationConfig())
+    if config.output_dir is None and config.metrics_filename != EvaluationConfig().metrics_filename:
+        raise ConfigError(f"metrics_filename={config.metrics_filename!r} without output_dir writes nothing: say there where it goes")
     subject = subject or Subject()
     opened = data if isinstance(data, Data) else open_data(
         data, eval_fraction=0, block_size=getattr(model, "block_size", 128), saved_tokenizer=tokenizer.to_json() if tokenizer else None)
@@ -208,7 +212,7 @@ def _plain(config: EvaluationConfig) -> dict[str, Any]:
     named = [name_of(metric) for metric in config.metrics or []]
     return {**vars(config), "metrics": named or None, "seed": resolve_seed(config.seed), "output_dir": folder}
 
-# %% ../nbs/61_evaluator.ipynb #99c04792
+# %% ../nbs/61_evaluator.ipynb #de531485
 def _keep_records(folder: Path, lines: Iterator[bytes]) -> dict[str, Any]:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +238,7 @@ def _keep(folder: Path, config: EvaluationConfig, result: EvaluationResult) -> N
             writer.close()
     result["files"] |= {"metrics": {"path": str(path)}, "summary": {"path": str(folder/"summary.json")}}
     summary = {"schema_version": "v1", "created_at": utc_now(), **result}
-    write_json(folder/"summary.json", json.loads(encode(summary)))  # what is not finite is spelt out
+    write_json(folder/"summary.json", redact(json.loads(encode(summary))))  # what is not finite is spelt out
 
 
 def _metric_records(result: EvaluationResult, confidence: float, now: str) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'EVENTS', 'Callbacks', 'Telemetry', 'Display', 'NonFiniteLoss', 'Run', 'train_step', 'update', 'parameters',
            'drop_gradients', 'train_epoch', 'save_place', 'finish_epoch', 'evaluate_epoch']
 
-# %% ../nbs/53_loop.ipynb #d210905a
+# %% ../nbs/53_loop.ipynb #7f038bd8
 import itertools
 import logging
 import math
@@ -19,6 +19,7 @@ import torch
 
 from .data import Batches
 from .evaluation import validate
+from .fingerprints import Fingerprints
 from .losses import default_loss, to_device
 from .seeding import key, seed_everything
 from .telemetry.histograms import histograms
@@ -58,7 +59,7 @@ class Callbacks:
         self.errors.append({"callback": name, "event": event, "epoch": state.epoch + 1, "global_step": state.global_step,
                             "error": f"{type(error).__name__}: {error}"})
 
-# %% ../nbs/53_loop.ipynb #54ee7caa
+# %% ../nbs/53_loop.ipynb #29573366
 class Telemetry(Protocol):
     "Where metrics go; it never raises."
     def log(self, step: int, split: str, metrics: Mapping[str, Any]) -> None: ...
@@ -94,6 +95,7 @@ class Run:
     callbacks: Callbacks = field(default_factory=Callbacks)
     telemetry: Telemetry | None = None
     display: Display | None = None
+    prints: Fingerprints | None = None
     save: Callable[[str], Any] = lambda name: None
     asked_to_stop: Callable[[], bool] = lambda: False
     pending: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # losses of steps, still on the device
@@ -106,7 +108,7 @@ class Run:
             if batches is not None:
                 batches.close()
 
-# %% ../nbs/53_loop.ipynb #156c9d3b
+# %% ../nbs/53_loop.ipynb #47fb4c49
 def train_step(run: Run, batch: Any, n: int, last: bool) -> None:
     "Forward, backward, and the update where it is due. `n` samples are in `batch`; `last`: it ends the epoch."
     state = run.state
@@ -132,8 +134,9 @@ def update(run: Run) -> None:
         for parameter in parameters(state):
             if parameter.grad is not None:
                 parameter.grad.div_(state.accumulated)
-    if run.grad_clip is not None:
-        torch.nn.utils.clip_grad_norm_(parameters(state), run.grad_clip)
+    norm = None if run.grad_clip is None else torch.nn.utils.clip_grad_norm_(parameters(state), run.grad_clip)
+    if run.prints and (norm is not None or state.global_step % run.prints.stride == 0):
+        run.prints.gradient(state.global_step, norm, parameters(state))
     if state.scheduler.interval == "step":
         apply_lrs(state)
     state.optimizer.step()
@@ -152,11 +155,13 @@ def drop_gradients(state: TrainState) -> None:
     for parameter in parameters(state):
         parameter.grad = None
 
-# %% ../nbs/53_loop.ipynb #9ee32470
+# %% ../nbs/53_loop.ipynb #2bf0dbe9
 def _take_losses(run: Run) -> None:
     state = run.state
     for loss, n in run.pending:
         state.loss = loss.item()
+        if run.prints:
+            run.prints.losses.append(state.loss)
         if not math.isfinite(state.loss):
             _not_finite(run)
         state.loss_sum += state.loss * n
@@ -175,7 +180,7 @@ def _not_finite(run: Run) -> None:
     if run.on_nan == "warn":
         log.warning("%s", where)
 
-# %% ../nbs/53_loop.ipynb #7e068d4e
+# %% ../nbs/53_loop.ipynb #601ad613
 def train_epoch(run: Run) -> bool:
     "The steps of the epoch under way, from where the state is. False where it was asked to stop; then a checkpoint of that place is saved."
     state, epoch = run.state, run.state.epoch + 1
@@ -201,6 +206,8 @@ def train_epoch(run: Run) -> bool:
             raise
         run.window[1] += 1
         run.window[2] += time.perf_counter() - asked
+        if run.prints and not run.prints.known:
+            run.prints.batch(batch)
         train_step(run, batch, n, last)
         if last:
             state.steps_per_epoch = state.step
@@ -213,6 +220,8 @@ def train_epoch(run: Run) -> bool:
 def save_place(run: Run) -> None:
     "Save a mid-epoch checkpoint of where the run stands."
     _take_losses(run)
+    if run.prints:
+        run.prints.flush()
     run.save(f"step-{run.state.global_step:08d}")
 
 
@@ -222,6 +231,8 @@ def _after_step(run: Run, epoch: int, last: bool) -> None:
         _take_losses(run)
         if run.telemetry:
             run.telemetry.log(state.global_step, "train", {"loss": state.loss, "lr": float(rate), **_times(run)})
+    if run.prints:
+        run.prints.step(state, run.batches.indices, last)
     if run.histogram_every and state.global_step % run.histogram_every == 0 and run.telemetry:
         for name, data in histograms(state.model):
             run.telemetry.structured(state.global_step, "train", name, "histogram", data)

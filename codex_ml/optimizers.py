@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OptimizerError', 'build_optimizer']
 
-# %% ../nbs/15_optimizers.ipynb #4d3b2db4
+# %% ../nbs/15_optimizers.ipynb #3e23beec
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ def _fused(optimizer: Any, model: nn.Module, parameters: list[nn.Parameter], arg
         and not any(getattr(module, "sparse", False) for module in model.modules())
     )
 
-# %% ../nbs/15_optimizers.ipynb #3a313041
+# %% ../nbs/15_optimizers.ipynb #4a840ac3
 def build_optimizer(
     optimizer: str | Callable[..., Optimizer] | Optimizer,  # a registered name, a class or function, or an instance
     model: nn.Module,  # its parameters that require a gradient are optimized, as one group
@@ -68,15 +69,29 @@ def build_optimizer(
         raise OptimizerError(f"the optimizer {name} cannot be built with optimizer_args={args}: {error}") from error
     if not isinstance(built, Optimizer):
         raise OptimizerError(f"{name} returned {type(built).__name__}, which is not a torch.optim.Optimizer.")
-    return built
+    return _steps_alone(built)
 
-# %% ../nbs/15_optimizers.ipynb #508e5348
+
+def _steps_alone(optimizer: Optimizer) -> Optimizer:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise OptimizerError(f"{type(optimizer).__name__} evaluates the model itself, several times a step (through a closure), which "
+                             "a run with accumulation and exact resume cannot give it: choose an optimizer whose step() needs nothing.")
+    return optimizer
+
+# %% ../nbs/15_optimizers.ipynb #9236af0f
 def _arguments(builder: Any, name: str, settings: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     "Of `settings` what `builder` takes, and all of `args`."
     for key, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if key in args:
             raise OptimizerError(f"optimizer_args.{key} has a key of its own: set {setting}={args[key]} instead.")
     takes = parameters_of(builder, args, "optimizer_args", name)
+    for key, value in args.items():
+        default = takes[key].default if key in takes else None
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise OptimizerError(f"optimizer_args.{key}={value!r}: it takes true or false.")
+    if args.get("differentiable"):
+        raise OptimizerError("optimizer_args.differentiable=True is for gradients of an update, which a run does not take: leave it out.")
     return {key: value for key, value in settings.items() if key in takes or key == "lr"} | args
 
 
@@ -88,4 +103,4 @@ def _as_it_is(optimizer: Optimizer, parameters: list[nn.Parameter], args: dict[s
     if not own & {id(p) for p in parameters}:
         raise OptimizerError("the optimizer holds none of this model's parameters, so training would change nothing: "
                              "make it with model.parameters() of the same model.")
-    return optimizer
+    return _steps_alone(optimizer)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK_FILES', 'ENV_VARIABLES', 'lock_sha256', 'environment', 'differences', 'run_manifest']
 
-# %% ../nbs/20_provenance.ipynb #b3db63bf
+# %% ../nbs/20_provenance.ipynb #ebc5b330
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .durable import CorruptFile, sha256_file
+from .secrets import redact
 from .strict_json import plain
 from .utils.determinism import environment_fingerprint
 
@@ -55,7 +56,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
             rows.append((name, old[name], new[name]))
     return sorted(rows, key=lambda row: row[0])
 
-# %% ../nbs/20_provenance.ipynb #72b7f228
+# %% ../nbs/20_provenance.ipynb #b0678f9a
 ENV_VARIABLES = ("PYTHONHASHSEED", "CODEX_AUDIT", "CODEX_DDP")
 
 
@@ -78,4 +79,4 @@ def run_manifest(**facts: Any) -> dict[str, Any]:
         "schema_version": "v1",
         "lock_file": name,
     }
-    return manifest | {fact: _or_none(lambda value=value: value) for fact, value in facts.items()}
+    return redact(manifest | {fact: _or_none(lambda value=value: value) for fact, value in facts.items()})

@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['log', 'FolderInUse', 'FolderLock', 'RunFolder']
 
-# %% ../nbs/24_run_folder.ipynb #3d558130
+# %% ../nbs/24_run_folder.ipynb #39e92157
 import errno
 import fcntl
+import json
 import logging
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import (Checkpoint, drop_older_steps, list_checkpoints, move_aside, newest_verified, read_pointer, save_checkpoint,
-                                 write_pointer)
-from .durable import CorruptFile, StorageError, storage_error, storage_errors, sweep, write_atomic
-from .strict_json import json_text, plain, read_json, write_json
+from .checkpoint import (Checkpoint, CheckpointError, drop_older_steps, list_checkpoints, load_checkpoint, move_aside,
+                                 newest_verified, read_pointer, save_checkpoint, write_pointer)
+from .durable import CorruptFile, StorageError, make_folder, open_regular, storage_error, storage_errors, sweep, write_atomic
+from .secrets import redact
+from .strict_json import json_text, parse_json, plain, read_json, write_json
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/24_run_folder.ipynb #c4c8800b
+# %% ../nbs/24_run_folder.ipynb #a60afb51
 class FolderInUse(RuntimeError):
     "Another run holds the folder."
 
@@ -81,10 +84,12 @@ class FolderLock:
     def _close(self) -> None:
         if self.fd in _locked:
             _locked.remove(self.fd)
-            os.close(self.fd)
+            with suppress(OSError):  # whatever it complains of, the descriptor is gone, and the lock with it
+                os.close(self.fd)
 
-# %% ../nbs/24_run_folder.ipynb #56fce5d2
-_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "tokenizer.json", ".codex", "evaluation",
+# %% ../nbs/24_run_folder.ipynb #be120bee
+_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.ndjson", "tokenizer.json",
+             ".codex", "evaluation",
              "export", "tensorboard", "wandb")
 
 
@@ -99,17 +104,21 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex
         self.latest: Checkpoint | None = None
         self.parent: str | None = None  # SHA-256 of the last epoch's checkpoint: the chain
+        self.sign: Callable[..., str | None] | None = None  # (run_id, name, SHA-256 of each file, metadata) → a signature
+        self.accept: Callable[[Checkpoint, str | None], str | None] | None = None  # (checkpoint, run_id) → a remark, or `CorruptFile`
 
     def __enter__(self) -> "RunFolder":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
-            raise StorageError(error.errno, f"cannot make the folder {self.path}: {error.strerror}. Choose another checkpoint.dir, or "
-                                            f"make it writable.") from error
+            there = "there is a file of that name" if os.path.isfile(self.path) else error.strerror
+            raise StorageError(error.errno, f"cannot make the folder {self.path}: {there}. Choose another checkpoint.dir"
+                                            f"{'' if os.path.isfile(self.path) else ', or make it writable'}.") from error
         self._lock = FolderLock(self.path)
         self._lock.__enter__()
         try:
-            sweep(self.path)
+            with storage_errors(self.path):
+                sweep(self.path)
         except BaseException:
             self._lock.__exit__()
             raise
@@ -120,7 +129,24 @@ class RunFolder:
 
     def newest(self, strict: bool = False) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
         "The newest verified checkpoint, its state, and what was wrong on the way to it."
-        return newest_verified(self.path, strict)
+        run_id, remarks, refused = self.recorded().get("run_id"), [], []
+
+        def load(checkpoint: Checkpoint) -> dict[str, Any]:
+            if self.accept and checkpoint.metadata:
+                try:
+                    remark = self.accept(checkpoint, run_id)
+                except CorruptFile as error:
+                    refused.append(str(error))
+                    raise
+                remarks.extend([remark] if remark else [])
+            return load_checkpoint(checkpoint)
+
+        checkpoint, state, problems = newest_verified(self.path, strict, load)
+        if refused and not checkpoint:  # they may be as good as ever: no reason to train from the beginning
+            raise CheckpointError(f"{refused[0]}. No other checkpoint in {self.path} can be used either. To see all: "
+                                  f"codex-ml verify {self.path}; to go on all the same: checkpoint.signature=warn; to begin anew: "
+                                  "checkpoint.resume=false")
+        return checkpoint, state, problems + remarks
 
     def recorded(self) -> dict[str, Any]:
         "`config.resolved.json`, or `{}` where there is none that can be read."
@@ -128,15 +154,16 @@ class RunFolder:
 
     def go_on(self, checkpoint: Checkpoint) -> None:
         "This process continues the run from `checkpoint`; checkpoints after it (they did not verify) are moved aside."
-        self.run_id = self.recorded().get("run_id", self.run_id)
+        run_id = self.recorded().get("run_id")
+        self.run_id = run_id if isinstance(run_id, str) else self.run_id
         self.latest = checkpoint
         self.parent = checkpoint.sha256 if checkpoint.is_epoch else checkpoint.metadata.get("parent_checkpoint_sha256")
         later = [c.name for c in list_checkpoints(self.path) if c.place > checkpoint.place]
         if later:
             move_aside(self.path, later)
         # what a process does after it has published a checkpoint, it may have been killed before
-        pointer, _ = read_pointer(self.path)
-        if pointer is None or pointer.get("path") != checkpoint.name or pointer.get("checkpoint_sha256") != checkpoint.sha256:
+        pointer, wrong = read_pointer(self.path)
+        if pointer is None or wrong or pointer.get("path") != checkpoint.name or pointer.get("checkpoint_sha256") != checkpoint.sha256:
             self._point_to(checkpoint, _read_or_nothing(checkpoint.folder/"run_manifest.json"))
         self._drop_older_steps(checkpoint)
 
@@ -149,20 +176,20 @@ class RunFolder:
         return move_aside(self.path, checkpoints[::-1] + [name for name in _OF_A_RUN if (self.path/name).exists()])
 
     def keep_config(self, resolved: Mapping[str, Any], snapshot: Mapping[str, Any]) -> None:
-        "Write `config.resolved.json` and `config.snapshot.json`; a different snapshot that is there is kept under a number."
-        target, text = self.path/"config.snapshot.json", json_text(plain(snapshot))
+        "Write `config.resolved.json` and `config.snapshot.json`, without secrets; a snapshot that differs is kept under a number."
+        target, text = self.path/"config.snapshot.json", json_text(redact(plain(snapshot)))
         with storage_errors(target):
-            if target.exists() and target.read_bytes() != text.encode():
+            if os.path.lexists(target) and (not target.is_file() or target.is_symlink() or target.read_bytes() != text.encode()):
                 taken = [int(p.name[16:-5]) for p in self.path.glob("config.snapshot.*.json") if p.name[16:-5].isdecimal()]
                 target.rename(self.path/f"config.snapshot.{max(taken, default=0) + 1:04d}.json")
         write_atomic(target, text)
         facts = {"schema_version": "v1", "run_id": self.run_id, **resolved}
-        write_json(self.path/"config.resolved.json", plain(facts))
+        write_json(self.path/"config.resolved.json", redact(plain(facts)))
 
     def save(self, name: str, state: Any, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> Checkpoint:
         "Make the checkpoint durable, then point to it, then drop the mid-epoch checkpoints that it replaces."
-        facts = {**metadata, "parent_checkpoint_sha256": self.parent}
-        checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest))
+        facts = redact({**metadata, "parent_checkpoint_sha256": self.parent})
+        checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest), partial(self.sign, self.run_id) if self.sign else None)
         self._point_to(checkpoint, manifest)
         self.latest = checkpoint
         if checkpoint.is_epoch:
@@ -181,6 +208,24 @@ class RunFolder:
             "model_params": manifest.get("model_params"),
             **{k: facts.get(k) for k in ("optimizer_steps_total", "scheduler_type", "checkpoint_sha256", "schema_version", "global_step",
                                          "checkpoint_bytes")}})
+
+    def keep_metrics(self, row: Mapping[str, Any]) -> None:
+        "Add an epoch's metrics to `metrics_history.ndjson`, for people and for the result of a later process."
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place holds nobody up
+        with suppress(OSError), os.fdopen(os.open(self.path/"metrics_history.ndjson", flags, 0o644), "ab") as file:
+            file.write(json.dumps(redact(plain(row)), ensure_ascii=False).encode() + b"\n")
+
+    def metrics_history(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+        "The metrics of each epoch up to a checkpoint, as far as they are known; of an epoch that was trained twice, the later ones."
+        rows: dict[int, dict[str, Any]] = {}
+        with suppress(OSError, CorruptFile), os.fdopen(open_regular(self.path/"metrics_history.ndjson"), "rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn line, say
+                    row = parse_json(line)
+                    rows[int(row["epoch"])] = row
+        if isinstance(own := checkpoint.metadata.get("metrics"), dict) and checkpoint.epoch:
+            rows.setdefault(checkpoint.epoch, {"epoch": checkpoint.epoch, **own})
+        return [row for epoch, row in sorted(rows.items()) if epoch <= checkpoint.epoch]
 
     def need(self, size: int) -> None:
         "Raise `StorageError` before the first step if a checkpoint of about `size` bytes would not fit."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDEST', 'CONFUSED', 'EvaluationConfig', 'check_evaluation', 'Scorecard', 'EvaluationResult']
 
-# %% ../nbs/60_scorecard.ipynb #7e0fb861
+# %% ../nbs/60_scorecard.ipynb #2c2265a4
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -19,7 +20,7 @@ from .metric_sources import Whole, find_metric
 from .metrics import Metric, MetricError, Scored, confusion_matrix, usual_metrics
 from .seeding import resolve_seed
 
-# %% ../nbs/60_scorecard.ipynb #86acad41
+# %% ../nbs/60_scorecard.ipynb #fbd0d340
 @dataclass
 class EvaluationConfig:
     "Which metrics, over which samples, and what is kept. The defaults take the metrics that fit the data, and write nothing."
@@ -55,7 +56,10 @@ def check_evaluation(config: EvaluationConfig) -> EvaluationConfig:
         need(value is None or (isinstance(value, (list, tuple)) and len(value) > 0), name, "a list, or null")
     need(isinstance(config.metric_args, dict) and all(isinstance(v, dict) for v in config.metric_args.values()), "metric_args",
          "arguments by metric, as in {'top_k': {'top_k': 3}}")
-    need(isinstance(config.metrics_filename, str) and bool(config.metrics_filename.strip()), "metrics_filename", "a file's name")
+    name = config.metrics_filename
+    plain_name = isinstance(name, str) and name == os.path.basename(name) and name.endswith(".ndjson") and "\0" not in name
+    need(plain_name and name not in ("records.ndjson", "metrics.ndjson"), "metrics_filename",
+         "a file's name that ends in .ndjson, without a folder, other than records.ndjson and metrics.ndjson")
     try:
         resolve_seed(config.seed)
     except ValueError as error:

@@ -57,7 +57,7 @@ def _entry_from_text(text: str) -> Any:
     except ValueError:
         return text
 
-# %% ../nbs/05_settings.ipynb #a6da4d8a
+# %% ../nbs/05_settings.ipynb #7f6b66d6
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     "Dotted key → value for `key=value` strings. A wrong key, type or syntax is a `ConfigError` of one line."
     from hydra import compose, initialize
@@ -87,9 +87,13 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             try:
                 compose("codex_ml", [text])
             except Exception as error:  # Hydra and OmegaConf raise many types for a value that does not fit
-                wanted = f"it takes {type_name(KEYS[key])}" if key in KEYS else str(error.__cause__ or error).splitlines()[0]
+                entries = f"; set them one by one, as in {key}.NAME=VALUE" if get_origin(KEYS.get(key)) is dict else ""
+                wanted = f"it takes {type_name(KEYS[key])}{entries}" if key in KEYS else str(error.__cause__ or error).splitlines()[0]
                 raise ConfigError(f"{key}={text.partition('=')[2]}: {wanted}") from error
-        config = OmegaConf.to_object(compose("codex_ml", passed_on))
+        try:
+            config = OmegaConf.to_object(compose("codex_ml", passed_on))
+        except Exception as error:  # an interpolation that leads nowhere, say
+            raise ConfigError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     flat = flatten(config)
     return {key: flat[key] if key in KEYS else _entry(config, key) for key in keys}
 
@@ -135,7 +139,7 @@ def _group(name: str, prefix: str, value: Any) -> dict[str, Any]:
 def _members(prefix: str) -> list[str]:
     return [key[len(prefix) + 1:] for key in KEYS if key.startswith(prefix + ".")]
 
-# %% ../nbs/05_settings.ipynb #fd25faa0
+# %% ../nbs/05_settings.ipynb #23ef6d03
 @dataclass(frozen=True)
 class Settings:
     "A checked configuration, where each of its values came from, and what is worth a remark."
@@ -166,6 +170,8 @@ def resolve(config: TrainConfig | None = None, *, run_config: Mapping[str, Any] 
             set_key(result, key, os.fspath(value) if isinstance(value, os.PathLike) else _copied(value))
             origins[field_of(key) or key] = origin
     check(result, origins)
+    if result.checkpoint.resume and result.checkpoint.dir is None:
+        notes.append("checkpoint.resume does nothing without checkpoint.dir: name the run's folder to go on from")
     return Settings(result, origins, tuple(notes))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'json_text', 'write_json', 'parse_json', 'read_json']
 
-# %% ../nbs/06_strict_json.ipynb #9436b47c
+# %% ../nbs/06_strict_json.ipynb #074e9264
 import json
 import math
 import os
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .durable import CorruptFile, Written, open_regular, write_atomic
+from .durable import CorruptFile, StorageError, Written, open_regular, write_atomic
 
 # %% ../nbs/06_strict_json.ipynb #ee465cca
 def plain(value: Any) -> Any:
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}:{value.__qualname__}"
     return plain(str(value))
 
-# %% ../nbs/06_strict_json.ipynb #7719b7fe
+# %% ../nbs/06_strict_json.ipynb #4a4e0f7d
 def json_text(value: Any) -> str:
     "`value` as the JSON that a run writes: indented, in the order given. NaN and infinities are a `ValueError`."
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -48,7 +48,9 @@ def write_json(path: str | os.PathLike, value: Any) -> Written:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return result
 
 
@@ -80,7 +82,7 @@ def read_json(path: str | os.PathLike, max_bytes: int = 16 << 20) -> dict[str, A
         if len(data) > max_bytes:
             raise ValueError(f"it has more than the {max_bytes:,} bytes that such a file may have")
         return parse_json(data)
-    except CorruptFile:
+    except (CorruptFile, StorageError):
         raise
     except (ValueError, RecursionError, OSError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error

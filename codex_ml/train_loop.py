@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'train', 'run_training']
 
-# %% ../nbs/56_train_loop.ipynb #49ad21a7
+# %% ../nbs/56_train_loop.ipynb #6729977e
 import inspect
 import logging
 import os
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from .assembly import Parts, assemble, choose_device, identity_of, open_run_data
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, list_checkpoints
 from .config import KEYS, TrainConfig, default_of, flatten
 from .sources import Data
 from .durable import CorruptFile
+from .fingerprints import Fingerprints, costs_little
 from .strict_json import read_json, write_json
 from .interrupts import Interrupts
 from .loop import Run, finish_epoch, train_epoch
@@ -32,13 +33,14 @@ from .resume import Origin, Saver, take_up
 from .run_folder import RunFolder
 from .seeding import preserve_rng
 from .settings import KEYWORDS, Settings, config_sha256, resolve
+from .signing import open_signing
 from .telemetry.display import open_display
 from .telemetry.sinks import Sinks, open_sinks
 from .utils.determinism import determinism_level, restore_flags, set_cudnn_deterministic, strict_mode
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/56_train_loop.ipynb #d7f04776
+# %% ../nbs/56_train_loop.ipynb #b59d4fcb
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     "Global state that a run sets, put back as it was."
@@ -52,10 +54,19 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
         yield
 
 
+def _recorded_threads(folder: RunFolder) -> int | None:
+    for checkpoint in list_checkpoints(folder.path):
+        identity = checkpoint.metadata.get("identity")
+        threads = identity.get("threads") if isinstance(identity, dict) else None
+        if type(threads) is int and 0 < threads <= 1024:
+            return threads
+    return None
+
+
 def _threads(config: TrainConfig, folder: RunFolder | None) -> int:
     "The number asked for, else the resumed run's, else torch's own: the number of threads decides bits."
-    recorded = folder.recorded().get("identity", {}).get("threads") if folder and config.checkpoint.resume else None
-    threads = config.threads or (recorded if type(recorded) is int and recorded > 0 else None) or torch.get_num_threads()
+    recorded = _recorded_threads(folder) if folder and config.checkpoint.resume else None
+    threads = config.threads or recorded or torch.get_num_threads()
     if recorded and config.threads is None and threads != torch.get_num_threads():
         log.warning("using %d threads, as the run that is resumed did (this machine's own number is %d)", threads, torch.get_num_threads())
     torch.set_num_threads(threads)
@@ -117,7 +128,7 @@ def _tell_failure(sinks: Sinks, kind: type[BaseException] | None, error: BaseExc
     if error is not None and not isinstance(error, SystemExit):
         sinks.event("run_end", "error", status="failed", error=f"{type(error).__name__}: {error}")
 
-# %% ../nbs/56_train_loop.ipynb #dad94dcd
+# %% ../nbs/56_train_loop.ipynb #365911fc
 def train(settings: Settings, parts: Parts) -> TrainingResult:
     "What `run_training` does once its arguments are sorted. After a SIGTERM the state is saved, then `SystemExit(143)` raised."
     begun, config = time.monotonic(), settings.config
@@ -131,7 +142,10 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
         data = open_run_data(config, parts)
         run = assemble(config, parts, data)
         stack.callback(run.close)
+        signing = open_signing(config.checkpoint) if config.checkpoint.dir else None
         folder = stack.enter_context(RunFolder(config.checkpoint.dir)) if config.checkpoint.dir else None
+        if folder and signing:
+            folder.sign, folder.accept = signing.sign, signing.problem
         identity = identity_of(config, parts, data, run, _threads(config, folder))
         surroundings, origin = environment(run.state.device), Origin()
         run_id = os.urandom(16).hex()
@@ -146,6 +160,11 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
         sinks = stack.enter_context(open_sinks(config, folder.path if folder else None, run_id, request_stop=run.state.request_stop))
         _tell_start(sinks, settings, run, origin, surroundings)
         stack.push(partial(_tell_failure, sinks))
+        if config.fingerprint_every_steps and config.metrics_out is not None:
+            run.prints = Fingerprints(config.fingerprint_every_steps, sinks.to_file, run_id, known=data.fingerprint.startswith("sha256:"),
+                                      each=run.tokens and costs_little(run.state.model))
+            run.prints.begin(run.state.model, run.state.global_step)
+            stack.callback(run.prints.flush)
         saver = None
         if folder:
             facts = {"model_params": run.state.model_params, "data_fingerprint": data.fingerprint, "device": str(run.state.device),

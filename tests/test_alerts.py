@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from codex_ml.config import ConfigError, TrainConfig
-from codex_ml.telemetry.alerts import Alerts, CommandFailed, open_alerts, run_command
+from codex_ml.telemetry.alerts import Alerts, open_alerts
 from codex_ml.telemetry.conditions import CONDITIONS, Falls, Point, Rises, Span, Spike, parse_span
 from codex_ml.telemetry.record import decode, encode, event_record, scalar_record, snapshot_record, structured_records
-from codex_ml.telemetry.rules import PRESETS, parse_rules
+from codex_ml.telemetry.rules import PRESETS, CommandFailed, parse_rules, run_command
 
 START = 1_800_000_000.0
 NAN, INF = math.nan, math.inf
@@ -544,10 +545,33 @@ def test_a_function_is_an_action_of_a_configuration_in_python():
     config.monitoring.alerts = {"nan": {"actions": told.append}}
     alerts = open_alerts(config, record=lambda record: None, request_stop=print)
     alerts.emit(scalar_record("0f3a", 1, "train", "loss", NAN))
+    alerts.close()
     assert len(told) == 1
     config.monitoring.alerts = {"nan": {"action": "stop"}}
     with pytest.raises(ConfigError, match="did you mean 'actions'"):
         open_alerts(config, record=print, request_stop=print)
+
+
+def test_a_hook_that_never_returns_silences_no_rule(caplog):
+    released, stops, failures, config = threading.Event(), [], [], TrainConfig()
+    config.monitoring.alerts = {"h": {"metric": "loss", "condition": "above", "value": 0, "actions": [lambda alert: released.wait(60)]},
+                                "s": {"metric": "loss", "condition": "above", "value": 5, "actions": ["stop"]}}
+    alerts = open_alerts(config, record=lambda record: None, request_stop=stops.append, failed=lambda what, error: failures.append(what))
+    for step, value in enumerate((1.0, 2.0, 9.0)):
+        alerts.emit(scalar_record("0f3a", step, "train", "loss", value))
+    assert len(stops) == 1
+    alerts.close()
+    released.set()
+    assert failures == ["1 actions of alerts"]
+
+
+def test_a_rule_that_nothing_matched_is_told_at_the_end(caplog):
+    config = TrainConfig()
+    config.monitoring.alerts = {"x": {"metric": "los", "condition": "above", "value": 3}, "gpu": True}
+    alerts = open_alerts(config, record=lambda record: None, request_stop=print)
+    alerts.emit(scalar_record("0f3a", 1, "train", "loss", 1.0))
+    alerts.emit(event_record("0f3a", 2, "run_end"))
+    assert "the alert 'x' looks at los" in caplog.text and "did you mean 'loss'?" in caplog.text and "'gpu'" not in caplog.text
 
 
 # ---- properties

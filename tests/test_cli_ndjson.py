@@ -310,9 +310,9 @@ def test_summarize_hands_on_what_was_asked_for(tmp_path, call, monkeypatch):
     room = types.ModuleType("summary")
     room.summarize_to = lambda *words: asked.append(words)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "codex_ml.telemetry.summary", room)
-    a, b = write(tmp_path / "a.ndjson", scalar(1)), write(tmp_path / "d" / "b.ndjson", scalar(1))
+    a = write(tmp_path / "a.ndjson", scalar(1))
     code, out, err = call("summarize", "--input", a, "--input", tmp_path / "d", "--output", "csv", "--dest", tmp_path / "x.csv")
-    assert (code, out, err) == (0, "", "") and asked == [([a, b], "csv", tmp_path / "x.csv")]
+    assert (code, out, err) == (0, "", "") and asked == [([a, tmp_path / "d"], "csv", tmp_path / "x.csv")]
 
     def broken(*_):
         raise ModuleNotFoundError('summaries need polars: pip install "codex_ml[metrics]"')

@@ -289,10 +289,10 @@ def test_files(tmp_path):
 
 
 def test_metrics_are_in_the_schema_of_a_run(tmp_path):
-    found = evaluate(MODEL, (X, Y), EvaluationConfig(output_dir=str(tmp_path), metrics_filename="sub/scores.ndjson", records=False))
+    found = evaluate(MODEL, (X, Y), EvaluationConfig(output_dir=str(tmp_path), metrics_filename="scores.ndjson", records=False))
     assert not (tmp_path / "records.ndjson").exists()
-    evaluate(MODEL, (X, Y), EvaluationConfig(output_dir=str(tmp_path), metrics_filename="sub/scores.ndjson", bootstrap=0))
-    records, torn = read_ndjson(tmp_path / "sub" / "scores.ndjson", strict=True)
+    evaluate(MODEL, (X, Y), EvaluationConfig(output_dir=str(tmp_path), metrics_filename="scores.ndjson", bootstrap=0))
+    records, torn = read_ndjson(tmp_path / "scores.ndjson", strict=True)
     rows = [record for record in records if "metric" in record]
     assert torn == 0 and len(records) == 12 and len(rows) == 10
     for record in rows:

@@ -165,3 +165,18 @@ def test_a_torn_end_costs_itself_only(tmp_path):
     with (tmp_path / ".codex" / "metrics.ndjson").open("ab") as file:
         file.write(b'{"$schema":"codex_ml/metrics.v1","schema_ver')
     assert export_run(tmp_path, "csv", check=True).checked == WRITTEN
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    from codex_ml.telemetry.summary import summarize_to
+
+    metrics = write(tmp_path / "run", a_run()) / ".codex" / "metrics.ndjson"
+    (tmp_path / "run" / "latest.json").write_text("{}")
+    before = metrics.read_bytes()
+    with pytest.raises(ValueError, match="would be destroyed"):
+        export_run(tmp_path / "run", "csv", metrics)
+    with pytest.raises(ValueError, match="a file of the run itself"):
+        export_run(tmp_path / "run", "csv", tmp_path / "run" / "latest.json")
+    with pytest.raises(ValueError, match="would be destroyed"):
+        summarize_to([tmp_path / "run"], "csv", metrics)
+    assert metrics.read_bytes() == before and (tmp_path / "run" / "latest.json").read_text() == "{}"

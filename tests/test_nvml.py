@@ -178,11 +178,11 @@ def shut(driver):
     (["fail.nvmlInitWithFlags 9"], "does not answer"),  # driver not loaded
     (["fail.nvmlInitWithFlags 18"], "does not answer"),  # library and driver of different versions
 ])
-def test_no_gpu_is_one_line_of_information(driver, caplog, lines, why):
+def test_no_gpu_though_asked_for_is_one_warning(driver, caplog, lines, why):
     driver.set(*lines)
     with caplog.at_level(logging.INFO, "codex_ml"):
         assert driver.open(extended=True) is None
-    assert [r.levelname for r in caplog.records] == ["INFO"] and why in caplog.text and "CODEX_MONITORING_ENABLE_GPU" in caplog.text
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and why in caplog.text and "CODEX_MONITORING_ENABLE_GPU" in caplog.text
     assert [(name, severity) for name, severity, _ in driver.events] == [("gpu.unavailable", "info")]
     assert driver.calls()["nvmlShutdown"] == (1 if lines == ["count 0"] else 0)
 

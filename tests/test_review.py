@@ -1,9 +1,11 @@
 """What a review found: each of these was wrong once."""
 
 import copy
+import errno
 import itertools
 import json
 import logging
+import os
 import pickle
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from codex_ml import checkpoint
 from codex_ml.checkpoint import CheckpointError, list_checkpoints
+from codex_ml.cli.train import main
 from codex_ml.config import ConfigError, RetentionConfig, TrainConfig, given
 from codex_ml.data import DataError
 from codex_ml.durable import StorageError
@@ -78,16 +81,16 @@ def test_another_rate_in_an_optimizer_that_was_built_is_drift(tmp_path):
 def test_a_beginning_that_is_killed_leaves_the_newest_of_the_old_run(tmp_path, monkeypatch, moved):
     train(tmp_path, epochs=4)
     newest = list_checkpoints(tmp_path)[0].sha256
-    names, rename = [], checkpoint.Path.rename
+    names, rename = [], os.rename
 
     def dies(path, target):
         if len(names) == moved:
             raise KeyboardInterrupt
-        names.append(path.name)
+        names.append(path)
         return rename(path, target)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoint.Path, "rename", dies)
+        patched.setattr(os, "rename", dies)
         train(tmp_path, epochs=4)
     left = list_checkpoints(tmp_path)
     assert not left or left[0].sha256 == newest
@@ -103,9 +106,129 @@ def test_a_step_that_cannot_be_dropped_is_told(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("history", (5, [1], "no"))
 def test_a_history_of_metrics_that_is_none(tmp_path, history):
     train(tmp_path)
-    path = tmp_path / "epoch-0002" / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics_history": history}))
-    assert train(tmp_path, epochs=3, resume=True)["final_epoch"] == 3
+    path = tmp_path / "metrics_history.ndjson"
+    path.write_text(json.dumps(history) + "\n" + path.read_text() + '{"epoch": 3, "tr')
+    result = train(tmp_path, epochs=3, resume=True)
+    assert result["final_epoch"] == 3 and [row["epoch"] for row in result["metrics_history"]] == [1, 2, 3]
+
+
+def test_large_metrics_and_a_long_history_leave_checkpoints_that_are_read(tmp_path):
+    big = [[1.5] * 300] * 300
+    train(tmp_path, eval_fn=lambda epoch, state: {"confusion": big, "score": 0.5})
+    assert all((tmp_path / f"epoch-000{e}" / "metadata.json").stat().st_size < 1 << 16 for e in (1, 2))
+    resumed = train(tmp_path, eval_fn=lambda epoch, state: {"score": 0.5}, epochs=3, resume=True)
+    assert resumed["resumed_from_epoch"] == 2 and resumed["metrics_history"][0]["confusion"] == big
+
+
+class Named(torch.nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        for name, (a, b) in order:
+            setattr(self, name, torch.nn.Linear(a, b))
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("a, b", [((4, 2), (2, 2)), ((4, 4), (4, 2))])
+def test_the_same_parameters_in_another_order_are_another_model(tmp_path, a, b, caplog):
+    train(tmp_path, model=lambda: Named(("a", a), ("b", b)))
+    again = train(tmp_path, model=lambda: Named(("b", b), ("a", a)), epochs=3, resume=True)
+    assert not again["resumed"] and "stand in another order" in caplog.text
+
+
+def test_an_optimizer_that_groups_the_same_parameters_in_another_way(tmp_path, caplog):
+    def grouped(swap):
+        def make(parameters, lr):
+            w, v = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+            return torch.optim.AdamW([{"params": v}, {"params": w}] if swap else [{"params": w}, {"params": v}], lr=lr)
+        return make
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+
+    train(tmp_path, model=net, optimizer=grouped(False))
+    again = train(tmp_path, model=net, optimizer=grouped(True), epochs=3, resume=True, checkpoint_allow_drift=True)
+    assert not again["resumed"] and "in another order" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("name", ("NAdam", "ASGD", "AdamW", "Adamax", "RMSprop", "Rprop", "Adadelta", "Adagrad", "RAdam"))
+def test_moments_keep_their_own_dtype(tmp_path, name, dtype):
+    kind = getattr(torch.optim, name)
+    job = {"model": lambda: torch.nn.Linear(4, 2).to(dtype), "data": (X.to(dtype), Y), "optimizer": lambda p, lr: kind(p, lr=lr)}
+    whole = train(tmp_path / "whole", **job)
+    train(tmp_path / "run", callbacks=[Stop(3)], **job)
+    assert train(tmp_path / "run", resume=True, **job)["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"]
+
+
+def test_a_parameter_that_no_checkpoint_would_hold(tmp_path):
+    model, w = torch.nn.Linear(4, 2), torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(OptimizerError, match="no checkpoint would hold"):
+        train(tmp_path, model=model, optimizer=torch.optim.SGD([*model.parameters(), w], lr=0.1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", (errno.EMFILE, errno.ENOMEM, errno.EFBIG))
+def test_a_process_that_cannot_read_moves_nothing(tmp_path, monkeypatch, code):
+    train(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("codex_ml.durable._hash_and_copy", refuse)
+    with pytest.raises(StorageError, match="cannot read"):
+        train(tmp_path, epochs=3, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_grad_accum_that_drifts_inside_an_update_drops_the_half_of_it(tmp_path, caplog):
+    train(tmp_path, grad_accum=4, callbacks=[Stop(3)], optimizer="sgd")
+    train(tmp_path, grad_accum=1, resume=True, checkpoint_allow_drift=True, optimizer="sgd")
+    assert "the gradients that it had gathered are dropped" in caplog.text
+
+
+@pytest.mark.parametrize("stop", (3, 8))
+def test_a_loader_with_a_generator_of_its_own(tmp_path, stop):
+    def job():
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8, shuffle=True, generator=torch.Generator())
+        return {"data": loader, "model": lambda: torch.nn.Linear(4, 2), "epochs": 3}
+
+    whole = train(tmp_path / "whole", **job())
+    train(tmp_path / "run", callbacks=[Stop(stop)], **job())
+    assert train(tmp_path / "run", resume=True, **job())["checkpoint_sha256_last"] == whole["checkpoint_sha256_last"]
+
+
+def test_threads_are_those_of_the_checkpoint(tmp_path):
+    train(tmp_path, threads=2, callbacks=[Stop(3)])
+    (tmp_path / "config.resolved.json").write_text('{"identity": null, "run_id": 7}')
+    result = train(tmp_path, threads=None, resume=True)
+    assert result["resumed"] and isinstance(result["run_id"], str)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["epochs=${x}"], "epochs"), (["batch_size=100000000000000000000"], "batch_size"),
+    (["optimizer_args.amsgrad=1"], "takes true or false"),
+    (["optimizer_args.differentiable=true"], "leave it out"), (["monitoring.sinks.mine=true"], "no 'mine'"),
+])
+def test_what_cannot_be_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("the quick brown fox " * 100)
+    code = main(["data=t.txt", "model_name=tiny", "block_size=8", "epochs=1", "progress=off", *words])
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1 and not (tmp_path / ".codex").exists()
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused(tmp_path):
+    with pytest.raises(OptimizerError, match="closure"):
+        train(tmp_path / "run", optimizer=torch.optim.LBFGS)
+
+
+def test_a_resume_that_has_no_folder_is_told(caplog):
+    train(None, checkpoint_resume=True)
+    assert "checkpoint.resume does nothing without checkpoint.dir" in caplog.text
 
 
 def test_a_rate_that_groups_share_is_one_hash(tmp_path):
@@ -156,7 +279,7 @@ def test_a_parameter_that_only_the_optimizer_holds_gets_the_mean_gradient_too(tm
               loss_fn=lambda model, batch: (model(batch[0]) * scale).square().mean())
         return scale.item()
 
-    assert go(tmp_path / "small", 4, 4) == pytest.approx(go(tmp_path / "large", 16, 1), abs=1e-6)
+    assert go(None, 4, 4) == pytest.approx(go(None, 16, 1), abs=1e-6)
 
 
 def test_a_value_that_no_optimizer_takes(tmp_path):
@@ -209,3 +332,14 @@ def test_settings_ini_takes_entries_and_dicts(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text("[codex_ml]\nmodel_args = dim 64\n")
     with pytest.raises(ConfigError, match="key-value pairs as JSON"):
         resolve()
+
+
+def test_a_schedule_that_follows_another_number_of_epochs_is_told(tmp_path, caplog):
+    for kind, told in (("linear", True), ("constant", False)):
+        train(tmp_path / kind, scheduler_cfg={"type": kind})
+        caplog.clear()
+        train(tmp_path / kind, scheduler_cfg={"type": kind}, epochs=3, resume=True)
+        assert ("planned for 2 epochs and now has 3" in caplog.text) == told
+        caplog.clear()
+        train(tmp_path / kind, scheduler_cfg={"type": kind}, epochs=3, resume=True)
+        assert "planned for" not in caplog.text

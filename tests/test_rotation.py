@@ -244,7 +244,8 @@ def test_the_disk_has_a_compressed_segment_before_the_other_form_goes(path, monk
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real, **k: (done.append(name), real(*a, **k))[1])
     path.with_name(path.name + ".00001").write_bytes(encode(record(10)))
     pack(path, 5)
-    assert done == ["fsync", "replace", "fsync", "unlink"]  # the file, its name, the folder; and then the other
+    # the folder, in which it got its name; the file, its name, the folder; and then the other
+    assert done == ["fsync", "fsync", "replace", "fsync", "unlink"]
 
 
 # ---- killed

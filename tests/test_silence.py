@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,13 @@ def test_every_sink_tries_to_reach_nobody(tmp_path):
         allowed = False
     if not allowed:
         pytest.skip("processes cannot be traced here")
-    done = subprocess.run([*words, *TRAIN], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    # the run, and after it whatever else reads it or writes it somewhere
+    after = [["export", "run", "--to", to, "--check"] for to in ("tensorboard", "wandb", "mlflow", "csv", "parquet")]
+    after += [["evaluate", "run", "bootstrap=20", "max_steps=2"], ["compare", "run", "run", "--dest", "page.html"]]
+    after += [["watch", "run", "--once"]]
+    code = f"import sys; from codex_ml.cli.main import main; sys.exit(sum(main(words) for words in {after!r}))"
+    both = f"{shlex.join(TRAIN)} && {shlex.join([sys.executable, '-c', code])}"
+    done = subprocess.run([*words, "sh", "-c", both], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "wandb").exists() and list(tmp_path.glob("run/tensorboard/events*"))
     assert spoken_to(trace.read_text(errors="replace")) == []

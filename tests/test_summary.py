@@ -206,7 +206,7 @@ def test_lines_of_one_hash_and_two_shapes_are_kept_apart(tmp_path, monkeypatch):
                                   ',"schema_version":"v2"}', ",]", ',"$schema":"x"}', ',"tags":nan}'])
 def test_a_shape_whose_holes_are_not_the_record_is_refused(rest):
     assert judge(cut_lines(line(rest=RESTS[0]) + b"\n")[1]["shape"][0])
-    assert judge(cut_lines(line(rest=rest) + b"\n")[1]["shape"][0]) is None
+    assert judge(cut_lines(line(rest=',"dataset":null' + rest) + b"\n")[1]["shape"][0]) is None
 
 
 # ---- what counts

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from codex_ml.telemetry.mlflow import open_store
 from codex_ml.telemetry.ndjson import read_ndjson
 from codex_ml.train_loop import run_training
 
@@ -36,7 +37,9 @@ class Clock:
 def store(tmp_path_factory):
     """One store for all runs, since to make one takes seconds."""
     pytest.importorskip("mlflow")
-    return tmp_path_factory.mktemp("mlflow")
+    folder = tmp_path_factory.mktemp("mlflow")
+    open_store(folder)
+    return folder
 
 
 def train(folder, callbacks=(), **options):
@@ -60,7 +63,7 @@ def test_all_sinks(tmp_path, unwatched, store):
     assert result["sink_errors"] == {}
     records = read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]
     kinds = {r["$schema"] for r in records}
-    assert kinds == {f"codex_ml/{kind}.v1" for kind in ("metrics", "event", "system", "manifest")}
+    assert kinds == {f"codex_ml/{kind}.v1" for kind in ("metrics", "event", "system", "manifest", "step")}
     assert list(tmp_path.glob("tensorboard/events*")) and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert (store / "mlflow.db").exists()
 

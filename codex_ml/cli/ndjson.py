@@ -198,7 +198,7 @@ def _merge(places: list[Path], out: Path) -> int:
     print(", ".join([f"{out}: {_count(done.lines, 'record')}", *filter(None, notes)]))
     return 6 if done.bad else 0
 
-# %% ../../nbs/91_cli_ndjson.ipynb #578adf3a
+# %% ../../nbs/91_cli_ndjson.ipynb #35f7d127
 def parser() -> argparse.ArgumentParser:
     "The words that the command takes."
     top = argparse.ArgumentParser(prog="codex-ndjson", description=(
@@ -266,7 +266,7 @@ def _do(given: argparse.Namespace) -> int:
         return _merge(given.places, given.out)
     from codex_ml.telemetry.summary import summarize_to
 
-    summarize_to(_streams(given.inputs), given.output, given.dest)
+    summarize_to(given.inputs, given.output, given.dest)
     return 0
 
 

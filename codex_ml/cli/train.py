@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['usage', 'report', 'main']
 
-# %% ../../nbs/90_cli_train.ipynb #5d3ef214
+# %% ../../nbs/90_cli_train.ipynb #d2c1d334
 import shlex
 import sys
 from typing import Any
 
 from ..config import KEYS, ConfigError, default_of, type_name
+from ..secrets import print_redacted, redact
 from ..settings import resolve
 
 # %% ../../nbs/90_cli_train.ipynb #4c7c5e82
@@ -56,7 +57,7 @@ def _sample(result: Any) -> str:
     text = generate(result.model, result.data.tokenizer, prompt="def ", max_new_tokens=240)
     return "a sample of what it learnt:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n"
 
-# %% ../../nbs/90_cli_train.ipynb #c9c5dec5
+# %% ../../nbs/90_cli_train.ipynb #31dea226
 def main(words: list[str] | None = None) -> int:
     "Train as `words` (else the command line) say; returns the exit code. Errors that a user can mend are one line on stderr."
     words = sys.argv[1:] if words is None else words
@@ -68,6 +69,9 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # while it was starting or reporting, or a second one
         print("\nstopped at once; the last checkpoint is kept", file=sys.stderr)
         return 130
+    except Exception as error:  # nobody expected it, so all of it is shown, but for secrets
+        print_redacted(error, sys.stderr.write)
+        return 1
 
 
 def _train(words: list[str]) -> int:
@@ -88,12 +92,12 @@ def _train(words: list[str]) -> int:
         return 0
     once = {word.partition("=")[0]: word for word in [*words, "checkpoint.resume=true"]}  # of a key given twice, the last counts
     command = " ".join([sys.executable, "-m", "codex_ml.cli.train", *(shlex.quote(word) for word in once.values())])
-    print("interrupted" + (f"; to go on: {command}" if result["checkpoint_last"] else "; nothing was kept"))
+    print("interrupted" + (f"; to go on: {redact(command)}" if result["checkpoint_last"] else "; nothing was kept"))
     return 130
 
 
 def _failed(error: Exception, code: int) -> int:
-    print(f"codex_ml: {error}", file=sys.stderr)
+    print(f"codex_ml: {redact(str(error))}", file=sys.stderr)
     return code
 
 
@@ -101,6 +105,7 @@ def _exit_codes() -> dict[type[Exception], int]:
     from codex_ml.checkpoint import CheckpointError
     from codex_ml.data import DataError
     from codex_ml.durable import StorageError
+    from codex_ml.keys import SigningError
     from codex_ml.loop import NonFiniteLoss
     from codex_ml.losses import LossError
     from codex_ml.models import ModelError
@@ -109,7 +114,8 @@ def _exit_codes() -> dict[type[Exception], int]:
     from codex_ml.run_folder import FolderInUse
     from codex_ml.tokenizers import TokenizerError
 
-    wrong = (ConfigError, DataError, ModelError, OptimizerError, ArgumentError, PluginError, UnknownName, LossError, TokenizerError)
+    wrong = (ConfigError, DataError, ModelError, OptimizerError, ArgumentError, PluginError, UnknownName, LossError, TokenizerError,
+             SigningError)
     return {**dict.fromkeys(wrong, 2), FolderInUse: 3, CheckpointError: 4, StorageError: 5, NonFiniteLoss: 7}
 
 # %% ../../nbs/90_cli_train.ipynb #25291da0

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['open_shared', 'Appender']
 
-# %% ../../nbs/33_appender.ipynb #78543b27
+# %% ../../nbs/33_appender.ipynb #de91380a
 import fcntl
 import json
 import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _first_time(path: Path) -> float:
     except (ValueError, KeyError, TypeError, RecursionError):
         return path.stat().st_mtime
 
-# %% ../../nbs/33_appender.ipynb #d5dba511
+# %% ../../nbs/33_appender.ipynb #ea80ad76
 class Appender:
     """The end of the file `path`. Folders are made. `OSError` where it cannot be written; not for several threads at once.
 
@@ -80,9 +81,11 @@ class Appender:
     def __init__(self, path: Path, max_bytes: int | None = None, max_age: float | None = None, on_cut: Callable[[], Any] = lambda: None):
         self.path, self.max_bytes, self.max_age, self.on_cut = path, max_bytes, max_age, on_cut
         self._fd, self._left = -1, []  # what is open: the file, and those that were cut off
-        self._unsynced, self._unnamed = False, True  # what the disk may not have: lines, the file's name
+        self._unsynced = False  # whether there are lines that the disk may not have
         self._process = os.getpid()
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._new_in = [path.parent, *(folder.parent for folder in made)]  # folders with names that the disk may not have
         self._open()
 
     def _open(self) -> None:
@@ -137,20 +140,25 @@ class Appender:
                 raise
             self.on_cut()
         self._left.append(self._fd)
-        self._fd, self._mid_line, self._unnamed = -1, False, True
+        self._fd, self._mid_line = -1, False
+        self._new_in.append(self.path.parent)
         self._open()
 
     def unsynced(self) -> list[int]:
-        """Descriptors of what the disk may not have of all that was appended, the folder's included where a name in it is new.
+        """Descriptors of what the disk may not have of all that was appended, folders included where a name in them is new.
 
         The caller syncs and closes them, which may take a while, and need not keep anyone from appending.
         """
         found, self._left = self._left, []
-        if self.regular and self._fd >= 0 and self._unsynced:
-            found.append(os.dup(self._fd))
-        if found and self._unnamed:
-            found.append(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            self._unnamed = False
+        try:
+            if self.regular and self._fd >= 0 and self._unsynced:
+                found.append(os.dup(self._fd))
+            for folder in dict.fromkeys(self._new_in if found else []):
+                found.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except BaseException:
+            self._left = found  # for the next time, or for `close`
+            raise
+        self._new_in = [] if found else self._new_in
         self._unsynced = False
         return found
 
@@ -160,5 +168,6 @@ class Appender:
             if fd >= 0:
                 if self._process == os.getpid() and self.regular:
                     _lock(fd, fcntl.LOCK_UN)  # else a forked process that still has copies would hold it
-                os.close(fd)
+                with suppress(OSError):  # it is closed all the same; whether its lines are on the disk, a sync tells
+                    os.close(fd)
         self._fd, self._left = -1, []

@@ -6,12 +6,13 @@
 __all__ = ['duration', 'number', 'rate_text', 'line_text', 'folded', 'Notes', 'Lines', 'LiveLine', 'NotebookOutput', 'in_kernel',
            'is_terminal', 'choose_view', 'Display', 'open_display']
 
-# %% ../../nbs/35_display.ipynb #04eb2f34
+# %% ../../nbs/35_display.ipynb #932b67a6
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 # %% ../../nbs/35_display.ipynb #bc8381e4
@@ -194,7 +195,15 @@ def choose_view(mode: str = "auto", stream: TextIO | None = None) -> Notes | Non
         return NotebookOutput(stream) if kernel else LiveLine(stream)
     return Lines(stream) if mode == "lines" else Notes(stream)
 
-# %% ../../nbs/35_display.ipynb #a78c0040
+# %% ../../nbs/35_display.ipynb #d95f8884
+def _forget(stream: TextIO) -> None:
+    "What a broken pipe did not take stays in the stream's buffer, and would make Python end with status 120: let it go nowhere."
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class Display:
     "Progress of a run of `total_epochs` epochs. No method raises what the view raised: at the first error the view is given up."
 
@@ -270,7 +279,9 @@ class Display:
                 what(self.view)
         except BlockingIOError:  # a place that is slow to take it: this line is left out
             pass
-        except Exception:  # the place is gone: a closed pipe or terminal, a front end that went away
+        except Exception as error:  # the place is gone: a closed pipe or terminal, a front end that went away
+            if isinstance(error, BrokenPipeError) and self.view:
+                _forget(self.view.stream)
             self.view, self.next = None, math.inf
         finally:
             self._busy = False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Points', 'COLUMNS', 'TARGETS', 'ExportError', 'Settled', 'numbers', 'Target', 'Report', 'export_run', 'compare']
 
-# %% ../../nbs/80_export.ipynb #259b1c31
+# %% ../../nbs/80_export.ipynb #ce4ccbb4
 import csv
 import io
 import json
@@ -25,6 +25,7 @@ from . import mlflow, tensorboard, wandb
 from .ndjson import NdjsonReader
 from .record import EVENT, SCHEMA, SNAPSHOT
 from .runs import find_run
+from .segments import never_over
 from .series import Series
 from .shapes import import_polars
 
@@ -213,7 +214,7 @@ def _to_file(records: Settled, dest: Path, write: Callable[[Iterable[tuple[Any, 
     dest.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(dest, lambda file: write(_rows(records), file))
 
-# %% ../../nbs/80_export.ipynb #fecacff7
+# %% ../../nbs/80_export.ipynb #de025141
 @dataclass(frozen=True)
 class Report:
     "What an export did. `checked`: numbers that were read back, None without a check; `differences`: the first hundred of `different`."
@@ -258,12 +259,17 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
         raise ExportError(f"{folder} has no metrics to export: it was run with metrics_out=null, or has not begun")
     target, records = TARGETS[to], Settled(metrics, run_id)
     place = Path(dest) if dest is not None else (Path() if target.shared else folder)/target.dest
+    never_over(place, [metrics])
+    if place.is_file() and folder in place.parents and "export" not in place.relative_to(folder).parts:
+        raise ValueError(f"{place} is a file of the run itself: choose another --dest")
     name = folder.resolve().name
     try:
         target.write(records, place, name)
     except ImportError as error:
         raise ExportError(str(error)) from error
     written = sum(len(numbers(record)) for record in records)
+    if not written:
+        raise ExportError(f"{metrics} holds no number of run {records.run_id}: there was nothing to export")
     report = Report(to, place, str(records.run_id), written, note=target.note)
     return _checked(report, records, target) if check else report
 

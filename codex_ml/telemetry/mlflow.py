@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'RUN_TAG', 'BATCH', 'store_uri', 'open_store', 'MlflowSink', 'metric_key', 'forget', 'open_mlflow', 'read_run']
 
-# %% ../../nbs/46_mlflow.ipynb #a20cb2af
+# %% ../../nbs/46_mlflow.ipynb #41830afb
 import contextlib
 import json
 import logging
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from .tensorboard import curve_name, flat, seconds, system_values
 
 log = logging.getLogger("codex_ml")
 
-# %% ../../nbs/46_mlflow.ipynb #c6161c8b
+# %% ../../nbs/46_mlflow.ipynb #be417f96
 def _load() -> Any:
     "MLflow's tracking module; `ImportError`."
     # before the import, which reads them; a server that does not answer is given up soon
@@ -55,13 +56,13 @@ def _sqlite(path: Path) -> str:
 def open_store(folder: str | os.PathLike) -> Any:
     "MLflow's client of the store in `folder`, made where there is none."
     folder = Path(folder).resolve()
+    for old in folder.glob("mlflow.db.*.tmp*"):  # of a process that ended before it was done
+        if not Path("/proc", old.name.split(".")[2]).exists():
+            old.unlink(missing_ok=True)
     if not (folder/"mlflow.db").exists():
         _load()  # where it is absent, nothing is made
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("mlflow.db.*.tmp*"):  # of a process that was killed here
-            if time.time() - old.stat().st_mtime > 600:
-                old.unlink(missing_ok=True)
-        made = folder/f"mlflow.db.{os.getpid()}.tmp"
+        made = folder/f"mlflow.db.{os.getpid()}.{threading.get_ident()}.tmp"  # a sink that was given up may still be at it
         _client(_sqlite(made)).search_experiments()
         with contextlib.suppress(FileExistsError):  # another run was faster
             os.link(made, folder/"mlflow.db")

@@ -181,7 +181,7 @@ class Gpus:
             self.event("gpu.throttle", "warning" if slow else "info", gpu=index, reasons=slow)
         return values
 
-# %% ../../nbs/39_nvml.ipynb #ae5a1e45
+# %% ../../nbs/39_nvml.ipynb #f902d076
 def gpu_monitoring_enabled() -> bool:
     "Whether the environment asks for GPU readings."
     return os.environ.get("CODEX_MONITORING_ENABLE_GPU", "").strip().lower() in ("1", "true", "yes", "on")
@@ -209,7 +209,7 @@ def open_gpus(*, extended: bool, event: Callable[..., Any], failed: Callable[[st
 
 
 def _unavailable(event: Callable[..., Any], why: str) -> None:
-    log.info("CODEX_MONITORING_ENABLE_GPU is set, but %s. Other telemetry goes on without GPU values.", why)
+    log.warning("CODEX_MONITORING_ENABLE_GPU is set, but %s. Other telemetry goes on without GPU values.", why)
     event("gpu.unavailable", "info", reason=why)
 
 # %% ../../nbs/39_nvml.ipynb #5ab2eb79

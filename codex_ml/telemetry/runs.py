@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoRun', 'find_run', 'RunView', 'open_run']
 
-# %% ../../nbs/68_runs.ipynb #4543cbef
+# %% ../../nbs/68_runs.ipynb #517fffbd
 import errno
 import math
 import os
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..strict_json import parse_json
 from .history import History, Key
 from .record import decode
 from .recorded import CHECKPOINT_NAME, LockProbe, SavedCheckpoint, flat, flat_config, read_or_nothing, saved_checkpoints
@@ -57,7 +58,7 @@ def _runs_in(folder: Path) -> str:
         return f". Runs in {folder}: {', '.join(names[:8])}" if names else ""
     return ""
 
-# %% ../../nbs/68_runs.ipynb #4a79c5ba
+# %% ../../nbs/68_runs.ipynb #3a729ce3
 class RunView:
     """A run as it looks now; `refresh` reads what is new.
 
@@ -173,9 +174,9 @@ class RunView:
                 self._series_of_checkpoints()
 
     def _series_of_checkpoints(self) -> None:
-        "Where there is no record at all, the newest checkpoint remembers the metrics of each epoch."
-        for row in (self.checkpoints[-1].metadata.get("metrics_history") or []) if self.checkpoints else []:
-            for name, value in row.items() if isinstance(row, Mapping) and type(row.get("epoch")) is int else ():
+        "Where there is no record at all, the run's own history has the metrics of each epoch."
+        for row in _rows(self.folder/"metrics_history.ndjson"):
+            for name, value in row.items() if type(row.get("epoch")) is int else ():
                 if isinstance(value, (int, float)) and name != "epoch":
                     key: Key = ("train", "epoch_loss", None) if name == "train_loss" else ("validation", name, None)
                     self.series.setdefault(key, Series()).add(row["epoch"] * (self.steps_per_epoch or 1), float(value))
@@ -223,6 +224,15 @@ class RunView:
     def step(self) -> int:
         "The last step that is known of."
         return max([self.history.step, *(c.step or 0 for c in self.checkpoints[-1:])])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):  # a torn line, say
+                rows.append(parse_json(line))
+    return rows
 
 
 def open_run(path: str | os.PathLike, run_id: str | None = None) -> RunView:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Background', 'wait_for', 'Sinks', 'metrics_path', 'open_ndjson', 'open_tensorboard', 'open_wandb',
            'open_mlflow', 'wanted', 'open_sinks']
 
-# %% ../../nbs/48_sinks.ipynb #678b92bc
+# %% ../../nbs/48_sinks.ipynb #db75bb7a
 import logging
 import os
 import threading
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..registry import get, register
+from ..secrets import Redactor
 from .ndjson import NdjsonWriter
 from .record import Sink, event_record, scalar_record, snapshot_record, structured_records, utc_timestamp
 
@@ -85,7 +86,7 @@ def wait_for(threads: Iterable[Background], patience: float, most: float = 60.0)
         alive[0].thread.join(0.02)
     return alive
 
-# %% ../../nbs/48_sinks.ipynb #6b4513fe
+# %% ../../nbs/48_sinks.ipynb #64b92ae6
 class Sinks:
     """Open sinks by name, as one. No method raises what a sink raised, and any thread may call.
 
@@ -96,6 +97,7 @@ class Sinks:
     def __init__(self, sinks: Mapping[str, Sink], run_id: str):
         self.sinks, self.run_id = dict(sinks), run_id
         self.errors: dict[str, int] = {}
+        self.redactor = Redactor()
         self.step = 0  # the last one that something was logged at
         self.sampler: Any = None  # closed before the sinks are
         self._told: set[str] = set()
@@ -130,10 +132,22 @@ class Sinks:
             self.record(record)
 
     def record(self, record: dict[str, Any]) -> None:
-        "Hand a finished record to every sink."
+        "Hand a finished record, its secrets taken out, to every sink."
         if os.getpid() == self._process:
+            try:
+                if "event" in record:
+                    self.redactor = Redactor()  # the environment may have got a new one
+                record = self.redactor.record(record)
+            except Exception as error:  # what cannot be looked at is not written either
+                self._failed("metrics", "a record cannot be searched for secrets", error, about="secrets")
+                return
             for name, sink in self.sinks.items():
                 self._attempt(name, sink.emit, record)
+
+    def to_file(self, record: dict[str, Any]) -> None:
+        "Hand a record of the run's own numbers to the file of metrics alone: no other sink has a use for it; there is nothing to hide."
+        if os.getpid() == self._process and "ndjson" in self.sinks:
+            self._attempt("ndjson", self.sinks["ndjson"].emit, record)
 
     def flush(self) -> None:
         "Have every sink put what it holds where it belongs; a sink in a thread of its own does so when its turn comes."
@@ -153,7 +167,10 @@ class Sinks:
                 self._attempt(name, sink.close)
             threads = [sink for sink in sinks.values() if isinstance(sink, Background)]
             for thread in wait_for(threads, patience=2.0 if names == ["alerts"] else max(2.0, begun + 4.0 - time.monotonic())):
-                error = TimeoutError(f"it hangs, and {thread.calls.qsize()} calls wait. The file of metrics has all that was logged")
+                what = "it hangs" if thread.done else "it had not come up when the run ended"
+                exported = thread.name in ("tensorboard", "wandb", "mlflow")
+                later = f": codex-ml export RUN --to {thread.name} puts it there" if exported else ""
+                error = TimeoutError(f"{what}, and {thread.calls.qsize()} calls wait. The file of metrics has all that was logged{later}")
                 self._failed(thread.name, f"the sink {thread.name!r} was given up", error, about=f"{thread.name} hangs")
 
     def __enter__(self) -> "Sinks":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'COLUMNS', 'summarize', 'table', 'summarize_to']
 
-# %% ../../nbs/77_summary.ipynb #26e1e721
+# %% ../../nbs/77_summary.ipynb #04c0ca9c
 import io
 import shutil
 import sys
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..durable import write_atomic
 from .record import encode
-from .segments import find_streams
+from .segments import find_streams, never_over
 from .shapes import import_polars
 from .tally import WORKERS, Tally, is_other, open_stream
 
@@ -103,7 +103,7 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
     note = [f"(no room for {', '.join(left_out)}: a wider window, or a file, has all)"] if left_out else []
     return "\n".join([line[:width] for line in lines] + note) + "\n"
 
-# %% ../../nbs/77_summary.ipynb #e877928a
+# %% ../../nbs/77_summary.ipynb #850d676a
 OUTPUTS = ("table", "csv", "json", "parquet")
 _TEXTS = {"run_id", "split", "metric", "dataset", "first_time", "last_time", "first_phase", "last_phase"}
 _WHOLE = {"count", "non_finite", "non_numeric", "first_step", "last_step"}
@@ -121,6 +121,8 @@ def summarize_to(inputs: Sequence[Path], output: str = "table", dest: Path | Non
         raise ValueError(f"there is no output {output!r}: choose {', '.join(OUTPUTS)}")
     if output == "parquet" and dest is None:
         raise ValueError("Parquet is not text: name a file for it with --dest")
+    if dest is not None:
+        never_over(Path(dest), [stream for place in inputs for stream in find_streams(place)])
     rows = summarize(inputs)
     width = shutil.get_terminal_size().columns if dest is None and sys.stdout.isatty() else None
     data = {"table": lambda: table(rows, width), "csv": lambda: _frame(rows).write_csv(), "json": lambda: _json(rows),

@@ -110,7 +110,7 @@ class Readings:
         values, self._gpu_memory = self._gpus.read()
         return values
 
-# %% ../../nbs/40_system.ipynb #4ce4e943
+# %% ../../nbs/40_system.ipynb #d4fd1ce0
 class SystemSampler:
     """Calls `emit(values)` every `interval` seconds, from a daemon thread, with what the machine does; 0 starts no thread.
 
@@ -162,8 +162,8 @@ class SystemSampler:
         started = looked = time.monotonic()
         used = readings.cpu_seconds()
         readings.read(only=tuple(name for name in readings.readings if name != "gpu"))  # rates begin; GPUs, slow at first, have none
-        ticks = 1
-        while not self._stop.wait(max(0.0, started + ticks*self.interval - time.monotonic())):
+        due = min(self.interval, 2.0)  # early, so that a short run has a look, too
+        while not self._stop.wait(max(0.0, started + due - time.monotonic())):
             begun = time.monotonic()
             values = readings.read()
             now, cpu = time.monotonic(), readings.cpu_seconds()
@@ -177,4 +177,4 @@ class SystemSampler:
                 self.emit(values)
             except Exception as error:
                 readings.failed("emit", error)
-            ticks = max(ticks + 1, math.ceil((time.monotonic() - started)/self.interval))
+            due = self.interval*(1 + (time.monotonic() - started)//self.interval)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['WORKERS', 'open_stream', 'chunks', 'is_other', 'Tally', 'mean']
 
-# %% ../../nbs/75_tally.ipynb #1520c76a
+# %% ../../nbs/75_tally.ipynb #72ae201a
 import contextlib
 import gzip
 import json
 import math
-import os
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from .ndjson import _is_torn
+from .ndjson import is_torn
 from .record import decode
 from .segments import LINE_LIMIT, stream_files
 from .shapes import Point, Series, cut_lines, import_polars, judge, points
 
-# %% ../../nbs/75_tally.ipynb #7a99dc8b
+# %% ../../nbs/75_tally.ipynb #25af4ac9
 def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
     "The files of a stream, oldest first, open. `FileNotFoundError` where there is none."
     for _ in range(10):
@@ -42,7 +41,7 @@ def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
     raise FileNotFoundError(f"there is no stream of metrics at {stream}")
 
 
-def chunks(file: Any, broken: list[Exception], size: int = 4 << 20) -> Iterator[tuple[bytes, bytes]]:
+def chunks(file: Any, broken: list[Exception], size: int = 6 << 20) -> Iterator[tuple[bytes, bytes]]:
     """The file in pieces of about `size` bytes, each with the whole of the line in which it ends; that is empty where it ends with a line.
 
     What cannot be decompressed ends the file, and the reason goes into `broken`.
@@ -75,8 +74,8 @@ def is_other(stream: Path) -> bool:
         for _, file in files:
             file.close()
 
-# %% ../../nbs/75_tally.ipynb #5b5a7667
-WORKERS = min(4, os.cpu_count() or 1)  # one thread feeds and empties them; for more than four it is too slow
+# %% ../../nbs/75_tally.ipynb #999be5ec
+WORKERS = 2  # pieces that are cut at a time; for each, polars takes all the cores it can use
 
 
 class Tally:
@@ -151,7 +150,7 @@ class Tally:
             self.records += 1
             return found
         except ValueError as error:
-            if _is_torn(data):
+            if is_torn(data):
                 self.torn += 1
             else:
                 self._skip(f"{path}:{line}: {error}")

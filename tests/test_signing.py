@@ -1,0 +1,562 @@
+"""Signatures: what they cover, what they notice, what a run makes of them, and what other tools say of them."""
+
+import base64
+import json
+import logging
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cryptography")
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from runs import train
+
+from codex_ml import checkpoint as checkpoint_module
+from codex_ml.checkpoint import Checkpoint, CheckpointError, list_checkpoints, save_checkpoint
+from codex_ml.cli.main import main
+from codex_ml.config import CheckpointConfig
+from codex_ml.durable import CorruptFile, StorageError
+from codex_ml.integrity import verify_run
+from codex_ml.keys import PASSWORD, PrivateKey, PublicKey, SigningError, load_private, load_public, new_key, trust, trusted_keys
+from codex_ml.signing import (
+    COVERED,
+    PAYLOAD_TYPE,
+    SIGNATURE,
+    SignatureError,
+    check_parent,
+    check_signature,
+    open_signing,
+    pae,
+    read_bundle,
+    sign,
+)
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `mine.pem`, `other.pem`, a folder that trusts the first, a signed run and the same run unsigned."""
+    folder = tmp_path_factory.mktemp("signing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PASSWORD, "correct horse")
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        patch.delenv("CODEX_ML_KEYS", raising=False)
+        for name in ("mine", "other"):
+            new_key(folder / f"{name}.pem", "correct horse")
+        trust(folder / "mine.pub.pem", folder / "trusted")
+        (folder / "nobody").mkdir()
+        train(str(folder / "signed"), checkpoint_sign=True, checkpoint_key=str(folder / "mine.pem"), model_args={})
+        train(str(folder / "plain"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No keys but those that a test makes."""
+    monkeypatch.setenv(PASSWORD, "correct horse")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("CODEX_ML_KEYS", raising=False)
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of the signed run."""
+    return Path(shutil.copytree(made / "signed", tmp_path / "run"))
+
+
+@pytest.fixture
+def key(made: Path) -> PrivateKey:
+    return load_private(made / "mine.pem", "correct horse")
+
+
+def named(run: Path, name: str) -> Checkpoint:
+    return next(c for c in list_checkpoints(run) if c.name == name)
+
+
+def alone(run: Path) -> Path:
+    """Without the other epochs, so that thousands of looks at one are quick."""
+    for name in ("epoch-0001", "epoch-0002"):
+        shutil.rmtree(run / name)
+    return run
+
+
+@lru_cache
+def known(made: Path) -> tuple[list[PublicKey], str]:
+    return trusted_keys(made / "trusted"), json.loads((made / "signed/config.resolved.json").read_text())["run_id"]
+
+
+def check(made: Path, run: Path, name: str = "epoch-0003") -> None:
+    """As a resume looks at a checkpoint."""
+    keys, run_id = known(made)
+    check_signature(named(run, name), keys, run_id)
+    check_parent(named(run, name), keys)
+
+
+def resigned(run: Path, name: str, key: PrivateKey, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the bundle of a checkpoint and write it in its own form."""
+    file = run / name / SIGNATURE
+    bundle = json.loads(file.read_text())
+    change(bundle)
+    file.write_text(json.dumps(bundle, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---- a run
+
+def test_signing_changes_no_bit_and_signs_every_checkpoint(made: Path) -> None:
+    signed, plain = list_checkpoints(made / "signed"), list_checkpoints(made / "plain")
+    assert [c.sha256 for c in signed] == [c.sha256 for c in plain] and len(signed) == 3
+    for c in signed:
+        assert sorted(p.name for p in c.folder.iterdir()) == sorted([*COVERED, SIGNATURE])
+        facts = read_bundle(c.folder).facts
+        assert facts["epoch"] == c.epoch and facts["global_step"] == c.metadata["global_step"]
+        assert facts["config_sha256"] == c.metadata["config_sha256"]
+        assert facts["parent_checkpoint_sha256"] == c.metadata["parent_checkpoint_sha256"]
+        check(made, made / "signed", c.name)
+    assert not list((made / "plain").rglob(SIGNATURE))
+
+
+def test_a_resume_with_required_comes_to_the_same_bits(made: Path, tmp_path: Path) -> None:
+    options = {"checkpoint_sign": True, "checkpoint_key": str(made / "mine.pem"), "checkpoint_signature": "required", "every_steps": 2}
+    options["checkpoint_every_steps"] = options.pop("every_steps")
+    folder = tmp_path / "parts"
+    stopped = train(str(folder), stop_at=5, **options)
+    assert (folder / stopped["checkpoint_last"] / SIGNATURE).exists() and stopped["checkpoint_last"].startswith("step-")
+    resumed = train(str(folder), **options, checkpoint_trusted_keys=str(made / "trusted"))
+    assert resumed["resumed"] and not resumed["resume_meta"]["problems"]
+    assert resumed["checkpoint_sha256_last"] == named(made / "plain", "epoch-0003").sha256
+    report = verify_run(folder, deep=True, trusted=made / "trusted")
+    assert report and all(c["signed_by"] for c in report.checkpoints)
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped", "another key"])
+def test_a_wrong_signature_makes_a_resume_fall_back(made: Path, run: Path, harm: str) -> None:
+    file = run / "epoch-0003" / SIGNATURE
+    if harm == "missing":
+        file.unlink()
+    elif harm == "flipped":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        c = named(run, "epoch-0003")
+        other, bundle = load_private(made / "other.pem", "correct horse"), read_bundle(c.folder)
+        file.write_text(sign(other, bundle.facts["run_id"], c.name, bundle.digests, c.metadata))
+    options = {"checkpoint_trusted_keys": str(made / "trusted"), "checkpoint_sign": True, "checkpoint_key": str(made / "mine.pem")}
+    with pytest.raises(CheckpointError, match=r"epoch-0003.*The newest good checkpoint is epoch-0002"):
+        train(str(run), checkpoint_strict=True, **options)
+    result = train(str(run), **options)
+    assert result["resumed_from_epoch"] == 2 and len(result["resume_meta"]["problems"]) == 1
+    assert result["checkpoint_sha256_last"] == named(made / "plain", "epoch-0003").sha256
+    check(made, run)
+    assert (run / "aside-0001/epoch-0003").is_dir()
+
+
+def test_where_no_signature_holds_nothing_is_begun_anew(made: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made / "plain", tmp_path / "run"))
+    before = sorted(p.name for p in run.iterdir())
+    with pytest.raises(CheckpointError, match=r"is not signed. No other checkpoint .*checkpoint.signature=warn"):
+        train(str(run), checkpoint_trusted_keys=str(made / "trusted"))
+    assert sorted(p.name for p in run.iterdir()) == before
+    warned = train(str(run), checkpoint_trusted_keys=str(made / "trusted"), checkpoint_signature="warn", epochs=4)
+    assert warned["resumed_from_epoch"] == 3 and "is not signed" in warned["resume_meta"]["problems"][0]
+    assert train(str(run), checkpoint_trusted_keys=str(made / "trusted"), checkpoint_signature="off")["resume_meta"]["problems"] == []
+
+
+def test_required_as_soon_as_a_key_is_trusted(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_signing(CheckpointConfig()).mode == "off"
+    monkeypatch.setenv("CODEX_ML_KEYS", str(made / "trusted"))
+    assert open_signing(CheckpointConfig()).mode == "required"
+    assert open_signing(CheckpointConfig(signature="off")).mode == "off"
+    assert open_signing(CheckpointConfig(trusted_keys=str(made / "nobody"))).mode == "off"
+    monkeypatch.delenv("CODEX_ML_KEYS")
+    trust(made / "mine.pub.pem", tmp_path / "config/codex_ml/trusted_keys")
+    assert open_signing(CheckpointConfig()).mode == "required"
+
+
+def test_a_slip_in_the_folders_name_is_no_way_round(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SigningError, match=r"checkpoint.trusted_keys=\S+: there is no such folder"):
+        open_signing(CheckpointConfig(trusted_keys=str(made / "trustet")))
+    monkeypatch.setenv("CODEX_ML_KEYS", str(made / "trustet"))
+    with pytest.raises(SigningError, match="CODEX_ML_KEYS="):
+        open_signing(CheckpointConfig())
+    with pytest.raises(SigningError, match="no key is trusted"):
+        open_signing(CheckpointConfig(signature="required", trusted_keys=str(made / "nobody")))
+
+
+def test_no_checkpoint_is_ever_there_unsigned(key: PrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    publish = checkpoint_module.publish_folder
+    monkeypatch.setattr(checkpoint_module, "publish_folder", lambda tmp, final: (seen.append(sorted(os.listdir(tmp))), publish(tmp, final)))
+    state = {"epoch": 1, "global_step": 1}
+    save_checkpoint(tmp_path, "epoch-0001", state, state, {}, lambda *said: sign(key, "5eed", *said))
+    assert seen == [sorted([*COVERED, SIGNATURE])]
+
+    def fails(*said: Any) -> str:
+        raise StorageError(5, "the key's token was pulled out")
+
+    with pytest.raises(StorageError):
+        save_checkpoint(tmp_path, "epoch-0002", state, state, {}, fails)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0001"]
+
+
+# ---- every byte
+
+@pytest.mark.parametrize("name", [SIGNATURE, "metadata.json", "run_manifest.json"])
+def test_every_flipped_byte_is_found(made: Path, run: Path, name: str) -> None:
+    check(made, alone(run))
+    file = run / "epoch-0003" / name
+    good = file.read_bytes()
+    for i in range(len(good)):
+        bad = bytearray(good)
+        bad[i] ^= 1 << i % 8
+        file.write_bytes(bad)
+        with pytest.raises(CorruptFile):
+            check(made, run)
+    file.write_bytes(good)
+    check(made, run)
+
+
+@pytest.mark.parametrize("name", [SIGNATURE, "metadata.json", "run_manifest.json"])
+def test_every_other_length_is_found(made: Path, run: Path, name: str) -> None:
+    file = alone(run) / "epoch-0003" / name
+    good = file.read_bytes()
+    for bad in [*(good[:i] for i in range(len(good))), good + b"\n", good + b" ", bytes(len(good))]:
+        file.write_bytes(bad)
+        with pytest.raises(CorruptFile):
+            check(made, run)
+
+
+# ---- another place
+
+@pytest.mark.parametrize("files", [[SIGNATURE], ["metadata.json"], ["metadata.json", SIGNATURE], [*COVERED, SIGNATURE]])
+def test_files_of_another_epoch_are_found(made: Path, run: Path, files: list[str]) -> None:
+    for name in files:
+        shutil.copy(run / "epoch-0002" / name, run / "epoch-0003" / name)
+    with pytest.raises(CorruptFile):
+        check(made, run)
+
+
+def test_an_older_epoch_under_a_newer_ones_name_is_found(made: Path, run: Path) -> None:
+    """With its metadata changed so that it would fit."""
+    old, new = run / "epoch-0002", run / "epoch-0003"
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+    metadata = json.loads((new / "metadata.json").read_text())
+    (new / "metadata.json").write_text(json.dumps(metadata | {"epoch": 3}))
+    with pytest.raises(SignatureError):
+        check(made, run)
+    result = train(str(run), checkpoint_trusted_keys=str(made / "trusted"))
+    assert result["resumed_from_epoch"] == 2
+    assert result["checkpoint_sha256_last"] == named(made / "plain", "epoch-0003").sha256
+
+
+def test_the_same_epoch_of_another_run_is_found(made: Path, run: Path, tmp_path: Path) -> None:
+    """Of the same configuration, so that even the hash of its weights is the same, and signed with the same key."""
+    twin = tmp_path / "twin"
+    train(str(twin), checkpoint_sign=True, checkpoint_key=str(made / "mine.pem"))
+    shutil.rmtree(run / "epoch-0003")
+    shutil.copytree(twin / "epoch-0003", run / "epoch-0003")
+    with pytest.raises(SignatureError, match="run_id is '[0-9a-f]{32}' here, and '[0-9a-f]{32}' was signed"):
+        check(made, run)
+    assert "signature" in [f.field for f in verify_run(run, trusted=made / "trusted").findings]
+
+
+def test_an_earlier_state_of_the_same_run_does_not_fit_its_parent(made: Path, run: Path, key: PrivateKey) -> None:
+    """Epoch 3 was made twice, after two different second epochs; the first one is put back."""
+    c = named(run, "epoch-0003")
+    metadata = c.metadata | {"parent_checkpoint_sha256": "ab" * 32}
+    run_id = read_bundle(c.folder).facts["run_id"]
+    (run / "old").mkdir()
+    old = save_checkpoint(run / "old", "epoch-0003", {"epoch": 3, "global_step": metadata["global_step"]}, metadata, {"python": "3.11"},
+                          lambda *said: sign(key, run_id, *said))
+    shutil.rmtree(c.folder)
+    shutil.move(old.folder, run / "epoch-0003")
+    with pytest.raises(SignatureError, match="its parent has SHA-256 abab"):
+        check(made, run)
+    assert train(str(run), checkpoint_trusted_keys=str(made / "trusted"))["resumed_from_epoch"] == 2
+
+
+def test_a_statement_over_other_weights_is_found(made: Path, run: Path, key: PrivateKey) -> None:
+    c = named(run, "epoch-0003")
+    bundle = read_bundle(c.folder)
+    said = sign(key, bundle.facts["run_id"], c.name, {**bundle.digests, "checkpoint.pt": "ab" * 32}, c.metadata)
+    (c.folder / SIGNATURE).write_text(said)
+    with pytest.raises(SignatureError, match=r"the hash of checkpoint.pt is '[0-9a-f]{64}' here, and 'abab"):
+        check(made, run)
+
+
+def test_another_file_among_signed_ones_is_found(made: Path, run: Path) -> None:
+    (run / "epoch-0003/model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(SignatureError, match=r"model.safetensors lies among signed files"):
+        check(made, run)
+
+
+def test_a_pipe_or_a_link_in_place_of_a_signature_is_refused(made: Path, run: Path) -> None:
+    file = run / "epoch-0003" / SIGNATURE
+    elsewhere = shutil.move(file, run / "elsewhere.json")
+    file.symlink_to(elsewhere)
+    with pytest.raises(SignatureError, match="symbolic link"):
+        check(made, run)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(SignatureError, match="not a regular file"):
+        check(made, run)
+
+
+# ---- altered bundles
+
+def swap_type(bundle: dict[str, Any]) -> None:
+    bundle["dsseEnvelope"]["payloadType"] = "application/vnd.other+json"
+
+
+def change_statement(bundle: dict[str, Any]) -> None:
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"]).replace(b'"epoch": 3', b'"epoch": 4')
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+
+
+def two_signatures(bundle: dict[str, Any]) -> None:
+    bundle["dsseEnvelope"]["signatures"] *= 2
+
+
+def older_bundle(bundle: dict[str, Any]) -> None:
+    bundle["mediaType"] = "application/vnd.dev.sigstore.bundle+json;version=0.2"
+
+
+def no_signature(bundle: dict[str, Any]) -> None:
+    bundle["dsseEnvelope"]["signatures"] = []
+
+
+def ed25519_signature(bundle: dict[str, Any]) -> None:
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"])
+    signature = b"\x00" + ed25519.Ed25519PrivateKey.generate().sign(pae(payload))[1:]
+    bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(signature).decode()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (swap_type, "payloadType is 'application/vnd.other"), (change_statement, "its statement or its signature was changed"),
+    (two_signatures, "it was changed after it was written"), (older_bundle, "mediaType is"), (no_signature, "is not a signature"),
+    (ed25519_signature, "64 bytes, as Ed25519 makes them"),
+])
+def test_a_changed_bundle_is_told(made: Path, run: Path, key: PrivateKey, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    resigned(run, "epoch-0003", key, lambda bundle: None)
+    check(made, run)  # writing it anew alone changes nothing
+    resigned(run, "epoch-0003", key, change)
+    with pytest.raises(SignatureError, match=message):
+        check(made, run)
+
+
+def test_a_signature_over_another_payload_type_does_not_hold(made: Path, run: Path, key: PrivateKey) -> None:
+    def other_type(bundle: dict[str, Any]) -> None:
+        payload = base64.b64decode(bundle["dsseEnvelope"]["payload"])
+        signed = pae(payload).replace(PAYLOAD_TYPE.encode(), b"application/vnd.in-toto+yaml")
+        bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(key.sign(signed)).decode()
+
+    resigned(run, "epoch-0003", key, other_type)
+    with pytest.raises(SignatureError, match="was changed after"):
+        check(made, run)
+
+
+def test_a_trusted_fingerprint_over_another_keys_signature_does_not_hold(made: Path, run: Path, key: PrivateKey) -> None:
+    other = load_private(made / "other.pem", "correct horse")
+
+    def by_other(bundle: dict[str, Any]) -> None:
+        payload = base64.b64decode(bundle["dsseEnvelope"]["payload"])
+        bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(other.sign(pae(payload))).decode()
+
+    resigned(run, "epoch-0003", key, by_other)
+    with pytest.raises(SignatureError, match="was changed after"):
+        check(made, run)
+
+
+def test_a_nested_or_huge_bundle_is_one_line(made: Path, run: Path) -> None:
+    for text in ('{"mediaType": ' * 100_000, "[]", "{}", '{"mediaType": NaN}', "\ufeff{}", " " * (17 << 20)):
+        (run / "epoch-0003" / SIGNATURE).write_text(text)
+        with pytest.raises(SignatureError) as caught:
+            check(made, run)
+        assert "\n" not in str(caught.value) and SIGNATURE in str(caught.value)
+
+
+# ---- keys
+
+def pem(secret: Any, password: bytes | None = None) -> bytes:
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    return secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
+def public_pem(secret: Any) -> bytes:
+    return secret.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def test_a_new_key_is_secret_from_its_first_instant(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        public = new_key(tmp_path / "a.pem", "pw")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a.pem").stat().st_mode) == 0o600
+    assert b"BEGIN ENCRYPTED PRIVATE KEY" in (tmp_path / "a.pem").read_bytes()
+    assert load_public(tmp_path / "a.pub.pem") == public
+    before = (tmp_path / "a.pem").read_bytes()
+    with pytest.raises(SigningError, match="never overwritten"):
+        new_key(tmp_path / "a.pem", "pw")
+    with pytest.raises(SigningError, match="needs a password"):
+        new_key(tmp_path / "b.pem", "")
+    assert (tmp_path / "a.pem").read_bytes() == before and not (tmp_path / "b.pem").exists()
+
+
+def test_each_wrong_key_has_its_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edwards, wide = ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1())
+    files = {"ed.pem": pem(edwards), "ed.pub.pem": public_pem(edwards), "wide.pem": pem(wide), "text.pem": b"hello\n", "empty.pem": b"",
+             "torn.pem": pem(wide)[:120], "fine.pem": pem(ec.generate_private_key(ec.SECP256R1())),
+             "locked.pem": pem(ec.generate_private_key(ec.SECP256R1()), b"other")}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).chmod(0o600)
+    os.mkfifo(tmp_path / "pipe.pem")
+    for name, message in {"ed.pem": "of the kind Ed25519.*ECDSA over P-256", "wide.pem": "of the kind ECDSA over secp384r1",
+                          "text.pem": "not a key in PEM", "empty.pem": "not a key in PEM", "torn.pem": "not a private key that can be read",
+                          "pipe.pem": "not a regular file",
+                          "ed.pub.pem": "holds a public key, and a private one", "nowhere.pem": "keys new",
+                          "locked.pem": f"the password does not open .*{PASSWORD}"}.items():
+        with pytest.raises(SigningError, match=message) as caught:
+            load_private(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    for name, message in {"ed.pub.pem": "of the kind Ed25519", "fine.pem": "holds a private key, and a public one"}.items():
+        with pytest.raises(SigningError, match=message):
+            trust(tmp_path / name, tmp_path / "trusted")
+    assert load_private(tmp_path / "fine.pem").public
+    monkeypatch.delenv(PASSWORD)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SigningError, match=f"needs a password: set {PASSWORD}"):
+        load_private(tmp_path / "locked.pem")
+
+
+def test_a_key_that_others_can_read_is_told(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = Path(shutil.copy(made / "mine.pem", tmp_path / "open.pem"))
+    copy.chmod(0o644)
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        load_private(copy)
+        assert f"{copy} can be read by others (mode 0644): chmod 600 {copy}" in caplog.text
+    caplog.clear()
+    copy.chmod(0o600)
+    load_private(copy)
+    assert caplog.text == ""
+
+
+def test_a_trusted_file_that_is_no_key_is_never_passed_over(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "trusted", tmp_path / "trusted")
+    (tmp_path / "trusted/z.pem").write_bytes(public_pem(ed25519.Ed25519PrivateKey.generate()))
+    with pytest.raises(SigningError, match=r"z\.pem is a key of the kind Ed25519"):
+        open_signing(CheckpointConfig(trusted_keys=str(tmp_path / "trusted")))
+
+
+def test_two_keys_of_one_name_can_be_trusted(made: Path, tmp_path: Path) -> None:
+    new_key(tmp_path / "mine.pem", "pw")
+    for file in (made / "mine.pub.pem", tmp_path / "mine.pub.pem", made / "mine.pub.pem"):
+        trust(file, tmp_path / "trusted")
+    assert len(trusted_keys(tmp_path / "trusted")) == 2
+
+
+# ---- what other tools say
+
+def test_model_signing_verifies_it(made: Path, run: Path) -> None:
+    verifying = pytest.importorskip("model_signing.verifying", exc_type=ImportError)
+
+    def verify(public: str) -> None:
+        verifying.Config().use_elliptic_key_verifier(public_key=made / public).verify(run / "epoch-0003", run / "epoch-0003" / SIGNATURE)
+
+    verify("mine.pub.pem")
+    with pytest.raises(ValueError, match="Key mismatch"):
+        verify("other.pub.pem")
+    (run / "epoch-0003/extra").touch()
+    with pytest.raises(ValueError, match="Extra files"):
+        verify("mine.pub.pem")
+    (run / "epoch-0003/extra").unlink()
+    (run / "epoch-0003/run_manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hash mismatch"):
+        verify("mine.pub.pem")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
+def test_openssl_verifies_it(made: Path, run: Path, tmp_path: Path) -> None:
+    envelope = json.loads((run / "epoch-0003" / SIGNATURE).read_text())["dsseEnvelope"]
+    payload = base64.b64decode(envelope["payload"])
+
+    def verify(public: str, payload: bytes) -> bool:
+        (tmp_path / "signed").write_bytes(b"DSSEv1 28 application/vnd.in-toto+json %d %s" % (len(payload), payload))
+        (tmp_path / "signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
+        words = ["openssl", "dgst", "-sha256", "-verify", made / public, "-signature", tmp_path / "signature", tmp_path / "signed"]
+        return subprocess.run(words, capture_output=True, timeout=30).returncode == 0
+
+    assert verify("mine.pub.pem", payload)
+    assert not verify("other.pub.pem", payload)
+    assert not verify("mine.pub.pem", payload.replace(b'"epoch": 3', b'"epoch": 2'))
+    words = ["openssl", "pkey", "-in", made / "mine.pem", "-pubout", "-passin"]
+    key = subprocess.run([*words, "pass:correct horse"], capture_output=True, timeout=30)
+    assert key.stdout == (made / "mine.pub.pem").read_bytes()
+    assert subprocess.run([*words, "pass:wrong"], capture_output=True, timeout=30).returncode
+
+
+# ---- the command line
+
+@pytest.fixture
+def words(tmp_path: Path) -> Iterator[list[str]]:
+    (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    yield ["train", f"data={tmp_path / 'poem.txt'}", "model_name=tiny", "block_size=16", "epochs=2", "threads=1", "progress=off",
+           f"checkpoint.dir={tmp_path / 'run'}"]
+
+
+def test_from_a_new_key_to_a_verified_run(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    default = tmp_path / "config/codex_ml/signing_key.pem"
+    assert main(["keys", "list"]) == 0 and "no key is trusted" in capsys.readouterr().out
+    assert main(["keys", "new"]) == 0 and default.exists()
+    assert main(["keys", "new"]) == 2 and "never overwritten" in capsys.readouterr().err
+    assert main(["keys", "trust", str(default.with_name("signing_key.pub.pem"))]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list"]) == 0
+    assert load_private(default).public.fingerprint in capsys.readouterr().out
+    assert main([*words, "checkpoint.sign=true"]) == 0
+    assert main([*words, "checkpoint.sign=true", "checkpoint.resume=true", "epochs=3"]) == 0
+    assert main(["verify", str(tmp_path / "run"), "--deep"]) == 0
+    assert "signed by" in capsys.readouterr().out
+    (tmp_path / "run/epoch-0002" / SIGNATURE).unlink()
+    assert main(["verify", str(tmp_path / "run")]) == 6
+    assert "epoch-0002 is not signed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["checkpoint.sign=true"], "cannot be read"), (["checkpoint.sign=true", "checkpoint.key=nowhere.pem"], "nowhere.pem"),
+    (["checkpoint.signature=required"], "no key is trusted"), (["checkpoint.signature=requird"], "did you mean 'required'"),
+    (["checkpoint.trusted_keys=nowhere"], "no such folder"),
+])
+def test_what_cannot_be_is_told_before_anything_is_written(words: list[str], tmp_path: Path, more: list[str], message: str,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_off_is_a_word_and_no_truth_value(words: list[str], made: Path) -> None:
+    assert main([*words, "checkpoint.signature=off", f"checkpoint.trusted_keys={made / 'trusted'}"]) == 0
+
+
+def test_a_refused_resume_has_its_exit_code(words: list[str], made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert main([*words, "checkpoint.resume=true", f"checkpoint.trusted_keys={made / 'trusted'}"]) == 4
+    assert "is not signed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["keys"], ["keys", "trust"], ["keys", "trust", "nowhere.pem"], ["keys", "forget", "x"]])
+def test_words_that_keys_does_not_know(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -87,8 +87,8 @@ class FolderLock:
             with suppress(OSError):  # whatever it complains of, the descriptor is gone, and the lock with it
                 os.close(self.fd)
 
-# %% ../nbs/24_run_folder.ipynb #be120bee
-_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.ndjson", "tokenizer.json",
+# %% ../nbs/24_run_folder.ipynb #42644209
+_OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.jsonl", "tokenizer.json",
              ".codex", "evaluation",
              "export", "tensorboard", "wandb")
 
@@ -210,15 +210,15 @@ class RunFolder:
                                          "checkpoint_bytes")}})
 
     def keep_metrics(self, row: Mapping[str, Any]) -> None:
-        "Add an epoch's metrics to `metrics_history.ndjson`, for people and for the result of a later process."
+        "Add an epoch's metrics to `metrics_history.jsonl`, for people and for the result of a later process."
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place holds nobody up
-        with suppress(OSError), os.fdopen(os.open(self.path/"metrics_history.ndjson", flags, 0o644), "ab") as file:
+        with suppress(OSError), os.fdopen(os.open(self.path/"metrics_history.jsonl", flags, 0o644), "ab") as file:
             file.write(json.dumps(redact(plain(row)), ensure_ascii=False).encode() + b"\n")
 
     def metrics_history(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         "The metrics of each epoch up to a checkpoint, as far as they are known; of an epoch that was trained twice, the later ones."
         rows: dict[int, dict[str, Any]] = {}
-        with suppress(OSError, CorruptFile), os.fdopen(open_regular(self.path/"metrics_history.ndjson"), "rb") as file:
+        with suppress(OSError, CorruptFile), os.fdopen(open_regular(self.path/"metrics_history.jsonl"), "rb") as file:
             for line in file:
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn line, say
                     row = parse_json(line)

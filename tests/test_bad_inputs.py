@@ -229,7 +229,7 @@ def test_a_link_out(shell, work, third, what):
 
 
 FIFOS = ("latest.json", "latest.json.bak", "epoch-0002/checkpoint.pt", "epoch-0002/metadata.json", "epoch-0002/run_manifest.json",
-         "config.resolved.json", "config.snapshot.json", ".codex/metrics.ndjson", "metrics_history.ndjson")
+         "config.resolved.json", "config.snapshot.json", ".codex/metrics.ndjson", "metrics_history.jsonl")
 
 
 @pytest.mark.parametrize("what", FIFOS)

@@ -51,7 +51,7 @@ def chain(folder):
 
 def leftovers(folder):
     """What a finished run of that job should not have: temporaries, mid-epoch checkpoints, epochs but the last two and the best."""
-    known = {"latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.ndjson", ".codex", ".lock"}
+    known = {"latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.jsonl", ".codex", ".lock"}
     epochs = sorted(p.name for p in folder.glob("epoch-*"))
     assert epochs[-2:] == ["epoch-0019", "epoch-0020"] and len(epochs) <= 3
     return sorted(p.name for p in folder.iterdir() if p.name not in known | set(epochs))

@@ -106,7 +106,7 @@ def test_a_step_that_cannot_be_dropped_is_told(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("history", (5, [1], "no"))
 def test_a_history_of_metrics_that_is_none(tmp_path, history):
     train(tmp_path)
-    path = tmp_path / "metrics_history.ndjson"
+    path = tmp_path / "metrics_history.jsonl"
     path.write_text(json.dumps(history) + "\n" + path.read_text() + '{"epoch": 3, "tr')
     result = train(tmp_path, epochs=3, resume=True)
     assert result["final_epoch"] == 3 and [row["epoch"] for row in result["metrics_history"]] == [1, 2, 3]

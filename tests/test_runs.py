@@ -269,7 +269,7 @@ def test_a_free_lock_is_taken_once_only(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_metrics_the_checkpoints_remember(tmp_path: Path) -> None:
     history = [{"epoch": 1, "train_loss": 2.0, "val_loss": 2.5, "note": "x"}, {"epoch": 2, "train_loss": 1.0, "val_loss": 1.5}, "?", {}]
     checkpoint(tmp_path, "epoch-0002", epoch=2, global_step=20, steps_per_epoch=10)
-    (tmp_path / "metrics_history.ndjson").write_text("\n".join(map(json.dumps, history)) + '\n{"epoch": 3, "tra')
+    (tmp_path / "metrics_history.jsonl").write_text("\n".join(map(json.dumps, history)) + '\n{"epoch": 3, "tra')
     (tmp_path / "config.resolved.json").write_text(json.dumps({"values": {"metrics_out": {"value": None}}}))
     view = open_run(tmp_path)
     assert view.metrics_path is None and set(view.series) == {("train", "epoch_loss", None), ("validation", "val_loss", None)}

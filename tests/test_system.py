@@ -94,6 +94,14 @@ def test_it_ends_promptly_in_a_long_interval():
     assert sampler.start()._thread is not None and running() == []  # closed is closed
 
 
+def test_a_run_that_ends_before_the_first_interval_has_one_look():
+    looks = []
+    for _ in range(20):  # at once, while the thread may not even have begun to read
+        with SystemSampler(3600, looks.append):
+            pass
+    assert len(looks) == 20 and all(look["process.memory.usage"] > 0 for look in looks)
+
+
 def test_starting_twice_is_one_thread():
     sampler = SystemSampler(3600, print)
     assert sampler.start() is sampler.start() and running() == ["codex_ml-sampler"]

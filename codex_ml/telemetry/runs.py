@@ -58,7 +58,7 @@ def _runs_in(folder: Path) -> str:
         return f". Runs in {folder}: {', '.join(names[:8])}" if names else ""
     return ""
 
-# %% ../../nbs/68_runs.ipynb #3a729ce3
+# %% ../../nbs/68_runs.ipynb #a6e61d88
 class RunView:
     """A run as it looks now; `refresh` reads what is new.
 
@@ -175,7 +175,7 @@ class RunView:
 
     def _series_of_checkpoints(self) -> None:
         "Where there is no record at all, the run's own history has the metrics of each epoch."
-        for row in _rows(self.folder/"metrics_history.ndjson"):
+        for row in _rows(self.folder/"metrics_history.jsonl"):
             for name, value in row.items() if type(row.get("epoch")) is int else ():
                 if isinstance(value, (int, float)) and name != "epoch":
                     key: Key = ("train", "epoch_loss", None) if name == "train_loss" else ("validation", name, None)

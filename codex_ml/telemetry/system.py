@@ -110,7 +110,7 @@ class Readings:
         values, self._gpu_memory = self._gpus.read()
         return values
 
-# %% ../../nbs/40_system.ipynb #d4fd1ce0
+# %% ../../nbs/40_system.ipynb #d3833c3e
 class SystemSampler:
     """Calls `emit(values)` every `interval` seconds, from a daemon thread, with what the machine does; 0 starts no thread.
 
@@ -124,6 +124,7 @@ class SystemSampler:
         self.interval, self.emit, self.extended, self.event, self.folder = interval, emit, extended, event, folder
         self.errors: Counter[str] = Counter()
         self._stop = threading.Event()
+        self._left = False  # nobody waits for the thread any more
         self._thread: threading.Thread | None = None
 
     def start(self) -> "SystemSampler":
@@ -134,10 +135,11 @@ class SystemSampler:
         return self
 
     def close(self) -> None:
-        "End the thread at once. If it hangs in `emit` or in the system, it is left behind after a second; it emits nothing more."
+        "End the thread, with a look if it had none. If it hangs in `emit` or in the system, it is left behind after a second, and silent."
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
+        self._left = True
 
     def __enter__(self) -> "SystemSampler":
         return self.start()
@@ -162,8 +164,11 @@ class SystemSampler:
         started = looked = time.monotonic()
         used = readings.cpu_seconds()
         readings.read(only=tuple(name for name in readings.readings if name != "gpu"))  # rates begin; GPUs, slow at first, have none
-        due = min(self.interval, 2.0)  # early, so that a short run has a look, too
-        while not self._stop.wait(max(0.0, started + due - time.monotonic())):
+        due, last, seen = min(self.interval, 2.0), False, False  # early: a memory that fills up is seen before it is full
+        while not last:
+            last = self._stop.wait(max(0.0, started + due - time.monotonic()))
+            if last and seen:
+                return
             begun = time.monotonic()
             values = readings.read()
             now, cpu = time.monotonic(), readings.cpu_seconds()
@@ -171,8 +176,9 @@ class SystemSampler:
             if readings.errors:
                 values["codex_ml.sampler.errors"] = float(readings.errors.total())
             used, looked = cpu, now
-            if self._stop.is_set():
+            if self._left:
                 return
+            seen = True
             try:
                 self.emit(values)
             except Exception as error:

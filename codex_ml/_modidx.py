@@ -1571,6 +1571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'codex_ml.telemetry.sinks.Sinks._failed': ( 'sinks.html#sinks._failed',
                                                                                       'codex_ml/telemetry/sinks.py'),
                                           'codex_ml.telemetry.sinks.Sinks.close': ('sinks.html#sinks.close', 'codex_ml/telemetry/sinks.py'),
+                                          'codex_ml.telemetry.sinks.Sinks.end': ('sinks.html#sinks.end', 'codex_ml/telemetry/sinks.py'),
                                           'codex_ml.telemetry.sinks.Sinks.event': ('sinks.html#sinks.event', 'codex_ml/telemetry/sinks.py'),
                                           'codex_ml.telemetry.sinks.Sinks.flush': ('sinks.html#sinks.flush', 'codex_ml/telemetry/sinks.py'),
                                           'codex_ml.telemetry.sinks.Sinks.log': ('sinks.html#sinks.log', 'codex_ml/telemetry/sinks.py'),

@@ -109,7 +109,7 @@ class _ToDisplay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.note(record.getMessage())
 
-# %% ../nbs/56_train_loop.ipynb #c46d8c0d
+# %% ../nbs/56_train_loop.ipynb #0618e28b
 def _tell_start(sinks: Sinks, settings: Settings, run: Run, origin: Origin, surroundings: Mapping[str, Any]) -> None:
     state = run.state
     sinks.step = state.global_step
@@ -126,9 +126,9 @@ def _tell_checkpoint(sinks: Sinks, checkpoint: Checkpoint) -> None:
 
 def _tell_failure(sinks: Sinks, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
     if error is not None and not isinstance(error, SystemExit):
-        sinks.event("run_end", "error", status="failed", error=f"{type(error).__name__}: {error}")
+        sinks.end("failed", "error", error=f"{type(error).__name__}: {error}")
 
-# %% ../nbs/56_train_loop.ipynb #365911fc
+# %% ../nbs/56_train_loop.ipynb #f6c3007c
 def train(settings: Settings, parts: Parts) -> TrainingResult:
     "What `run_training` does once its arguments are sorted. After a SIGTERM the state is saved, then `SystemExit(143)` raised."
     begun, config = time.monotonic(), settings.config
@@ -177,8 +177,8 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
         status = _train(run, interrupts)
         run.callbacks("on_train_end", run.state)
         result = _result(run, folder, origin, start, status, run_id, data)
-        sinks.event("run_end", status=status, stop_reason=run.state.stop_reason, metrics=result["metrics"],
-                    checkpoint_sha256=result["checkpoint_sha256_last"])
+        sinks.end(status, stop_reason=run.state.stop_reason, metrics=result["metrics"],
+                  checkpoint_sha256=result["checkpoint_sha256_last"])
     result |= {"retention_last": saver.retention if saver else None, "sink_errors": dict(sinks.errors),
                "wall_time_sec": time.monotonic() - begun}
     if interrupts.received is signal.SIGTERM:

@@ -59,7 +59,7 @@ def test_a_run_leaves_every_number_it_knows(tmp_path, unwatched):
     assert found[16, "train", "epoch_loss"] == result["loss_history"][-1]
     assert found[16, "validation", "val_loss"] == result["metrics"]["val_loss"]
     for line in (tmp_path / "m.ndjson").read_text().splitlines():
-        assert list(json.loads(line)) == COLUMNS or json.loads(line).keys() & {"event", "losses"}
+        assert list(json.loads(line)) == COLUMNS or json.loads(line).keys() & {"event", "losses", "system.memory.limit"}
 
 
 def scalars(records):

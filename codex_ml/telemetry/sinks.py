@@ -86,7 +86,7 @@ def wait_for(threads: Iterable[Background], patience: float, most: float = 60.0)
         alive[0].thread.join(0.02)
     return alive
 
-# %% ../../nbs/48_sinks.ipynb #64b92ae6
+# %% ../../nbs/48_sinks.ipynb #f5559ba5
 class Sinks:
     """Open sinks by name, as one. No method raises what a sink raised, and any thread may call.
 
@@ -125,6 +125,12 @@ class Sinks:
     def event(self, event: str, severity: str = "info", **data: Any) -> None:
         "Something that happened, at the step that the run has come to."
         self.record(event_record(self.run_id, self.step, event, severity, data))
+
+    def end(self, status: str, severity: str = "info", **data: Any) -> None:
+        "The event `run_end`, after the last look at the machine: it ends the run's part of a stream."
+        if self.sampler is not None and os.getpid() == self._process:
+            self._attempt("system", self.sampler.close)
+        self.event("run_end", severity, status=status, **data)
 
     def structured(self, step: int, split: str, metric: str, kind: str, data: Mapping[str, Any]) -> None:
         "A value with a structure of its own: a manifest line, then the row that points to it."

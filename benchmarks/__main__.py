@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checkpoints import load, memory, save
+from benchmarks.checkpoints import load, memory, save, verify
 from benchmarks.fingerprints import fingerprints
 from benchmarks.measure import Figure
 from benchmarks.starts import first_batch, imports, record
@@ -21,7 +21,7 @@ from benchmarks.steps import gpt_step, mlp_step
 from benchmarks.telemetry import scalar, summary
 from benchmarks.watching import sampler, sinks
 
-BENCHMARKS = {f.__name__: f for f in (mlp_step, gpt_step, save, load, memory, first_batch, imports, record, scalar, summary, sinks,
+BENCHMARKS = {f.__name__: f for f in (mlp_step, gpt_step, save, load, verify, memory, first_batch, imports, record, scalar, summary, sinks,
                                      sampler, fingerprints)}
 SCALE = {"ms": 1e3, "µs": 1e6}  # times are kept in seconds
 COLUMNS = "{:29}{:27}{:>8}   {:33}{:>9}{:>9}  {:16}{}"
@@ -34,7 +34,7 @@ def row(figure: Figure) -> str:
     target = f"<= {figure.target:g}{'' if ratio <= figure.target else '  missed'}" if figure.target else ""
     spread = f"{low:.3g} - {high:.3g}" if len(figure.ours) > 1 else ""
     what = f"{figure.what} ({figure.unit})"
-    return COLUMNS.format(what, figure.name, ours, figure.rival, theirs, f"{ratio:.3g}", spread, target).rstrip()
+    return COLUMNS.format(what, figure.name, ours, figure.rival, theirs, f"{ratio:.4g}", spread, target).rstrip()
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 from benchmarks.measure import Figure, in_turn, timed
 from codex_ml.checkpoint import load_checkpoint, save_checkpoint
 from codex_ml.durable import sha256_file
+from codex_ml.integrity import verify_run
 
 PLACE = {"epoch": 1, "global_step": 10}
 
@@ -60,6 +61,16 @@ def load(folder: Path, quick: bool) -> list[Figure]:
     both = [h + p for h, p in zip(hashed, plain, strict=True)]
     rivals = (("sha256_file", hashed, 1.1), ("torch.load, unverified", plain), ("sha256_file, then torch.load", both))
     return [Figure("verified load", "ms", "load_checkpoint", ours, *rival) for rival in rivals]
+
+
+def verify(folder: Path, quick: bool) -> list[Figure]:
+    """`codex-ml verify` of a run of four checkpoints, beside the hashes of the same files one after the other."""
+    for epoch in range(1, 5):
+        save_checkpoint(folder, f"epoch-{epoch:04d}", state_of(16 if quick else 64) | {"epoch": epoch}, {**PLACE, "epoch": epoch}, {})
+    paths = sorted(folder.glob("epoch-*/checkpoint.pt"))
+    assert len(paths) == 4
+    ours, hashed = in_turn(3 if quick else 11, lambda: timed(lambda: verify_run(folder)), lambda: timed(lambda: [*map(sha256_file, paths)]))
+    return [Figure("a run verified", "ms", "verify_run", ours, "sha256_file, in turn", hashed, target=1.0)]
 
 
 # VmHWM is the peak of this process alone, set anew by a 5 in clear_refs; ru_maxrss would begin with that of the process that started it.

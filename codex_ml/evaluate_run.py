@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_checkpoint', 'evaluation_of', 'evaluate_run', 'parse_words', 'usage', 'main']
 
-# %% ../nbs/62_evaluate_run.ipynb #2459aed3
+# %% ../nbs/62_evaluate_run.ipynb #7f65b942
 import json
 import sys
 import types
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from .assembly import Parts, choose_device, open_run_data
-from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_checkpoint, verify_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify_checkpoint
 from .config import KEYS, ConfigError, TrainConfig, check, set_key, type_name
 from .data import DataError
 from .durable import CorruptFile, StorageError
 from .strict_json import read_json
 from .evaluator import Subject, evaluate
+from .keys import SigningError
 from .losses import LossError
 from .metrics import MetricError, NotFinite
 from .models import ModelError, build_model
@@ -31,15 +32,18 @@ from .registry import ArgumentError, PluginError, UnknownName, nearest
 from .secrets import redact
 from .scorecard import EvaluationConfig, EvaluationResult
 from .seeding import key, preserve_rng, resolve_seed, seed_everything
+from .signing import SignatureError, Signing, open_policy
 from .sources import Data, open_data
 from .tokenizers import TokenizerError
 from .utils.retention import score
 
-# %% ../nbs/62_evaluate_run.ipynb #d449d1e1
-def choose_checkpoint(run_folder: str | Path, which: str | None = None) -> tuple[Checkpoint, dict[str, Any], list[str]]:
+# %% ../nbs/62_evaluate_run.ipynb #4734c7a5
+def choose_checkpoint(run_folder: str | Path, which: str | None = None, signing: Signing | None = None,
+                      ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
     """A checkpoint, its verified state, and what is worth a remark. `which`: `latest` (also None), `best` (lowest validation loss, else
-    training loss), or a name. `CheckpointError` where there is none or it does not verify; it names one that does."""
-    found, notes = list_checkpoints(run_folder), []
+    training loss), or a name. `signing`: what is asked of its signature, None: what is trusted here. `CheckpointError` where there is none
+    or it does not verify; it names one that does."""
+    found, notes, signing = list_checkpoints(run_folder), [], signing or open_policy()
     if not found:
         raise CheckpointError(f"{run_folder} has no checkpoint: nothing was saved there yet")
     if which is None or which == "latest":
@@ -58,15 +62,18 @@ def choose_checkpoint(run_folder: str | Path, which: str | None = None) -> tuple
                                   + f"It has {', '.join(names)}; latest and best stand for one of them")
         chosen = names[which]
     try:
-        return chosen, load_checkpoint(chosen), notes
+        state, remarks = signing.load(chosen)
+        return chosen, state, notes + remarks
     except CorruptFile as error:
-        good = next((c.name for c in found if c != chosen and _verifies(c)), None)
-        raise CheckpointError(f"{error}. It is not evaluated. " + (f"The newest one that verifies is {good}: checkpoint={good}" if good
-                              else "No other one verifies: restore one from a copy")) from error
+        good = next((c.name for c in found if c != chosen and _verifies(c, signing)), None)
+        hint = f"The newest one that verifies is {good}: checkpoint={good}" if good else "No other one verifies: restore one from a copy"
+        anyway = "; to evaluate it all the same: signature=warn" if isinstance(error, SignatureError) else ""
+        raise CheckpointError(f"{error}. It is not evaluated. {hint}{anyway}") from error
 
 
-def _verifies(checkpoint: Checkpoint) -> bool:
+def _verifies(checkpoint: Checkpoint, signing: Signing) -> bool:
     try:
+        signing.admit(checkpoint)
         return bool(verify_checkpoint(checkpoint))
     except CorruptFile:
         return False
@@ -135,25 +142,26 @@ def _fill(model: nn.Module, saved: Mapping[str, Any], checkpoint: Checkpoint) ->
 def _shape(tensors: Mapping[str, Any], name: str) -> str:
     return str(tuple(tensors[name].shape)) if isinstance(tensors.get(name), torch.Tensor) else "present" if name in tensors else "absent"
 
-# %% ../nbs/62_evaluate_run.ipynb #9e6d1ab0
+# %% ../nbs/62_evaluate_run.ipynb #3c0618bd
 def evaluate_run(run_folder: str | Path, config: EvaluationConfig | None = None, checkpoint: str | None = None, *, model: Any = None,
                  data: Any = None, loss_fn: Callable | None = None, predict_fn: Callable | None = None,
-                 device: str | None = None) -> EvaluationResult:
+                 device: str | None = None, trusted: str | Path | None = None, signature: str | None = None) -> EvaluationResult:
     """Judge a checkpoint of a run: `latest` (also None), `best`, or a name such as `epoch-0003`. Only one that verifies is used.
 
     - `config`: None takes the run's seed and batch size. The files go into `evaluation/CHECKPOINT` in the run's folder, or `output_dir`.
     - `model`: needed where the run's was an object: the module (it is filled with the checkpoint's weights), or what makes it.
     - `data`: None is the run's own, judged by its validation part. Needed where the run's were objects; judged as the split "test".
     - `loss_fn`, `predict_fn`: as in `evaluate`. `device`: None is the run's.
+    - `trusted`: a folder of trusted keys, `signature`: required, warn or off. None: as a resume here would have it (`open_policy`).
 
-    Raises `CheckpointError`, `ConfigError`, `DataError`, `ModelError`, `MetricError`, `StorageError`.
+    Raises `CheckpointError`, `ConfigError`, `DataError`, `ModelError`, `MetricError`, `SigningError`, `StorageError`.
     """
     folder = Path(run_folder)
     recorded, run = _recorded(folder)
     if model is None and _own(recorded, "model"):
         raise ConfigError(f"{folder} was trained with a model of its caller's own, which its folder does not hold: give it, the module or "
                           f"what makes it, as in evaluate_run({str(folder)!r}, model=Net)")
-    chosen, state, notes = choose_checkpoint(folder, checkpoint)
+    chosen, state, notes = choose_checkpoint(folder, checkpoint, open_policy(trusted, signature))
     if loss_fn is None and _own(recorded, "loss_fn"):
         notes.append("the run had a loss_fn of its own; this loss is the one that follows from the data: give loss_fn=… for the run's")
     with preserve_rng():
@@ -172,12 +180,12 @@ def evaluate_run(run_folder: str | Path, config: EvaluationConfig | None = None,
     whole = data is not None and opened.valid is None
     return evaluate(net, opened.train if whole else opened, config, loss_fn=loss_fn, predict_fn=predict_fn, subject=subject)
 
-# %% ../nbs/62_evaluate_run.ipynb #1a45d075
+# %% ../nbs/62_evaluate_run.ipynb #08043428
 _CODES: dict[type[BaseException], int] = {
     NotFinite: 7, **dict.fromkeys((ConfigError, DataError, MetricError, ModelError, ArgumentError, PluginError, UnknownName, LossError,
-                                   TokenizerError), 2), CheckpointError: 4, CorruptFile: 4, StorageError: 5}
+                                   TokenizerError, SigningError), 2), CheckpointError: 4, CorruptFile: 4, StorageError: 5}
 _WORDS: dict[str, Any] = {f.name: get_type_hints(EvaluationConfig)[f.name] for f in fields(EvaluationConfig)} | dict.fromkeys(
-    ("checkpoint", "data", "device"), str)
+    ("checkpoint", "data", "device", "keys", "signature"), str)
 
 
 def _read(name: str, text: str) -> Any:
@@ -207,14 +215,16 @@ def parse_words(words: list[str]) -> dict[str, Any]:
         values[name] = _read(name, text)
     return values
 
-# %% ../nbs/62_evaluate_run.ipynb #ceccbeb2
+# %% ../nbs/62_evaluate_run.ipynb #07c8106c
 def usage() -> str:
     "The keys and their defaults."
     defaults = EvaluationConfig()
     lines = ["usage: codex-ml evaluate RUN [key=value …]", "", "RUN is a run's folder. The keys:", "",
              "  checkpoint         latest; or best, or a name such as epoch-0003",
              "  data               the run's own, by its validation part; or a path or name, to judge on instead",
-             "  device             the run's"]
+             "  device             the run's",
+             "  keys               a folder of trusted keys; else $CODEX_ML_KEYS, else the user's",
+             "  signature          required where a key is trusted, else off; or warn"]
     return "\n".join(lines + [f"  {f.name:18} {json.dumps(getattr(defaults, f.name))}" for f in fields(defaults)])
 
 
@@ -226,7 +236,8 @@ def main(words: list[str] | None = None) -> int:
         return 0 if words else 2
     try:
         values = parse_words(words[1:])
-        places = {name: values.pop(name) for name in ("checkpoint", "data", "device") if name in values}
+        words_of = {"checkpoint": "checkpoint", "data": "data", "device": "device", "keys": "trusted", "signature": "signature"}
+        places = {keyword: values.pop(word) for word, keyword in words_of.items() if word in values}
         result = evaluate_run(words[0], replace(evaluation_of(words[0]), **values), **places)
     except KeyboardInterrupt:
         print("\nstopped; no summary was written", file=sys.stderr)
@@ -234,7 +245,6 @@ def main(words: list[str] | None = None) -> int:
     except tuple(_CODES) as error:
         print(f"codex-ml evaluate: {redact(str(error))}", file=sys.stderr)
         return next(code for kind, code in _CODES.items() if isinstance(error, kind))
-    print(result)
-    print("\n".join(["", f"checkpoint_sha256  {result['checkpoint']['sha256']}",
-                     *(f"{name:18} {file['path']}" for name, file in result["files"].items())]))
+    print(redact("\n".join([str(result), "", f"checkpoint_sha256  {result['checkpoint']['sha256']}",
+                            *(f"{name:18} {file['path']}" for name, file in result["files"].items())])))
     return 0

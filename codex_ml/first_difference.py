@@ -6,24 +6,29 @@
 __all__ = ['ORDER', 'Finding', 'tensor_ulps', 'Distance', 'compare_checkpoints', 'NothingToCompare', 'Difference',
            'first_difference', 'main']
 
-# %% ../nbs/64_first_difference.ipynb #5abf034e
-import argparse
+# %% ../nbs/64_first_difference.ipynb #6be2d7fd
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from .checkpoint import Checkpoint, list_checkpoints
+from .config import ConfigError
 from .durable import CorruptFile
+from .keys import SigningError
 from .provenance import differences
 from .recorded_steps import KINDS, NoRun, Traces, differences_by_step, loss_ulps, traces, ulps
+from .secrets import is_secret_name, mark, redact
 from .settings import IDENTITY
+from .signing import SignatureError, Signing, open_policy, policy_words
 from .strict_json import read_json
+from .telemetry.skipped import Skipped
+from .words import Parser
 
 # %% ../nbs/64_first_difference.ipynb #ca0b9a1b
 ORDER = ("configuration", "environment", "data", *KINDS)
@@ -107,7 +112,7 @@ def _data(a: Traces, b: Traces, one: Mapping[str, Any], other: Mapping[str, Any]
     if None not in known and known[0] != known[1]:
         yield Finding("data", "fingerprint", *known)
 
-# %% ../nbs/64_first_difference.ipynb #1a00c20e
+# %% ../nbs/64_first_difference.ipynb #0cebed08
 def _tensors(state: Any, head: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(state, torch.Tensor):
         yield head, state
@@ -139,10 +144,12 @@ class Distance:
     ulp: float
 
 
-def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> tuple[list[str], Distance | None]:
-    "The names of the tensors that differ, those of the model first; and the largest difference. `CorruptFile` where one is broken."
+def compare_checkpoints(a: Checkpoint, b: Checkpoint, signing: Signing | None = None) -> tuple[list[str], Distance | None]:
+    """The names of the tensors that differ, those of the model first; and the largest difference. `CorruptFile` where one is broken, or its
+    signature is not what `signing` asks for (None: what is trusted here)."""
+    policy = signing or open_policy()
     one, other = ({f"{part}.{name}" if part != "model" else name: tensor for part in ("model", "optimizer", "gradients")
-                   for name, tensor in _tensors(state.get(part, {}))} for state in map(load_checkpoint, (a, b)))
+                   for name, tensor in _tensors(state.get(part, {}))} for state, _ in map(policy.load, (a, b)))
     names, farthest = [], None
     for name in {**one, **other}:
         far = tensor_ulps(one[name], other[name]) if name in one and name in other else None
@@ -198,13 +205,19 @@ class Difference:
         "For JSON."
         return dataclasses.asdict(self)
 
-# %% ../nbs/64_first_difference.ipynb #621a53ec
-def first_difference(run_a: str | os.PathLike, run_b: str | os.PathLike) -> Difference:
+# %% ../nbs/64_first_difference.ipynb #f721e39d
+def first_difference(run_a: str | os.PathLike, run_b: str | os.PathLike, *, trusted: str | os.PathLike | None = None,
+                     signature: str | None = None, on_bad: Callable[[str], Any] | None = None) -> Difference:
     """Where two runs part, and what differs first. Both are only read.
 
-    Raises `NoRun` where there is none, `NothingToCompare` where the two have no step and no checkpoint in common.
+    `trusted`: a folder of trusted keys, `signature`: required, warn or off; None: as a resume here would have it. Weights without a
+    signature that is required are not looked at: their recorded hashes are, and a note says so. `on_bad` hears of lines of metrics that
+    cannot be read; without it there is a warning for each file.
+
+    Raises `NoRun` where there is none, `NothingToCompare` where the two have no step and no checkpoint in common, `SigningError` for keys
+    that cannot be read.
     """
-    a, b = traces(run_a), traces(run_b)
+    a, b, signing = traces(run_a, on_bad), traces(run_b, on_bad), open_policy(trusted, signature)
     ours, theirs = (sorted((c for c in list_checkpoints(run.folder) if c.sha256), key=lambda c: c.place) for run in (a, b))
     other = {c.name: c for c in theirs}
     pairs = [(c, other[c.name]) for c in ours if c.name in other]
@@ -216,7 +229,7 @@ def first_difference(run_a: str | os.PathLike, run_b: str | os.PathLike) -> Diff
                                "where fingerprint_every_steps is not 0")
     apart = differences_by_step(a.steps, b.steps)
     unequal = [pair for pair in pairs if pair[0].sha256 != pair[1].sha256]
-    tensor, distances, notes = _look_into(unequal)
+    tensor, distances, notes = _look_into(unequal, signing)
     if (loss := loss_ulps(a.steps, b.steps)) and apart:
         distances.append(Distance(f"the loss of step {loss[0]}", loss[1]))
     step, between = apart[0].step if apart else None, None
@@ -229,6 +242,7 @@ def first_difference(run_a: str | os.PathLike, run_b: str | os.PathLike) -> Diff
     at = (between[1] if between else 0) if step is None else step
     surroundings = _surroundings(a, ours, at), _surroundings(b, theirs, at)
     found = [*_configuration(a, b), *_environment(*surroundings), *_data(a, b, *surroundings)]
+    found = [dataclasses.replace(f, here=mark("key name"), there=mark("key name")) if is_secret_name(f.name) else f for f in found]
     found += [Finding(one.kind, one.tensors[0] if one.tensors else "", one.here, one.there, one.step) for one in apart]
     if unequal and not apart:
         found.append(Finding("weights", tensor or "checkpoint_sha256", unequal[0][0].sha256, unequal[0][1].sha256))
@@ -237,34 +251,36 @@ def first_difference(run_a: str | os.PathLike, run_b: str | os.PathLike) -> Diff
                       steps, len(pairs), notes)
 
 
-def _look_into(unequal: list[tuple[Checkpoint, Checkpoint]]) -> tuple[str | None, list[Distance], list[str]]:
+def _look_into(unequal: list[tuple[Checkpoint, Checkpoint]], signing: Signing) -> tuple[str | None, list[Distance], list[str]]:
     "The first and the last pair of checkpoints that differ."
     tensor, distances, notes = None, [], []
     for pair in [*unequal[:1], *unequal[1:][-1:]]:
         try:
-            names, farthest = compare_checkpoints(*pair)
+            names, farthest = compare_checkpoints(*pair, signing)
         except CorruptFile as error:
-            notes.append(str(error))
+            notes.append(f"{error}{': its weights are not looked at' if isinstance(error, SignatureError) else ''}")
             continue
         tensor = tensor or next(iter(names), None)
         distances += [farthest] if farthest else []
     return tensor, distances, notes
 
-# %% ../nbs/64_first_difference.ipynb #64880b8d
+# %% ../nbs/64_first_difference.ipynb #c6f7dab8
 def main(words: list[str] | None = None) -> int:
     "Compare as `words` (else the command line) say; returns the exit code."
-    parser = argparse.ArgumentParser("codex-ml diff", description="In which step two runs part, and what differs first. Exit code 0: the "
+    parser = Parser("codex-ml diff", description="In which step two runs part, and what differs first. Exit code 0: the "
                                      "same bits; 6: others; 2: nothing to compare.")
     parser.add_argument("runs", nargs=2, metavar="RUN", help="a run's checkpoint.dir, or its metrics.ndjson")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    policy_words(parser)
     try:
         given = parser.parse_args(words)
     except SystemExit as left:  # argparse has said what is wrong, or shown its help
         return int(left.code or 0)
     try:
-        found = first_difference(*given.runs)
-    except (NoRun, NothingToCompare) as error:
-        print(f"codex-ml diff: {error}", file=sys.stderr)
+        with Skipped() as skipped:
+            found = first_difference(*given.runs, trusted=given.keys, signature=given.signature, on_bad=skipped)
+    except (NoRun, NothingToCompare, SigningError, ConfigError) as error:
+        print(f"codex-ml diff: {redact(str(error))}", file=sys.stderr)
         return 2
-    print(json.dumps(found.as_dict(), indent=2, default=str) if given.json else found)
+    print(json.dumps(redact(found.as_dict()), indent=2, default=str) if given.json else redact(str(found)))
     return found.exit_code

@@ -23,7 +23,7 @@ from .settings import config_sha256
 from .signing import SIGNATURE, check_signature
 from .strict_json import read_json
 
-# %% ../nbs/28_integrity.ipynb #6a3220bf
+# %% ../nbs/28_integrity.ipynb #1a95258d
 _RESTORE = "restore this folder from a copy; a resume passes over it and goes on from the newest good one before it"
 _LOOK = "find out who changed it, and restore it from a copy"
 _MANIFEST = ("python", "platform", "git_sha", "lock_sha256", "env")  # what every manifest has
@@ -57,6 +57,13 @@ def _check_files(look: Look, checkpoint: Checkpoint) -> None:
     manifest = look.json(manifest_file, "nothing is lost but the record of where this was made; restore it from a copy")
     if manifest is not None and (missing := [name for name in _MANIFEST if name not in manifest]):
         look.finding(manifest_file, missing[0], None, "it is missing, and every manifest has it", _LOOK)
+
+
+def _signed(checkpoint: Checkpoint, keys: Sequence[PublicKey], run_id: str | None) -> bool:
+    try:
+        return not keys or bool(check_signature(checkpoint, keys, run_id))
+    except (CorruptFile, OSError):  # told by `_check_one`
+        return False
 
 
 def _check_bytes(checkpoint: Checkpoint, deep: bool) -> tuple[str, Any, str] | None:
@@ -191,14 +198,14 @@ def _check_names(look: Look) -> None:
         elif re.fullmatch("aside-[0-9]+", entry.name):
             look.note(f"{entry.name}: moved aside, not looked at; verify it by its own path")
 
-# %% ../nbs/28_integrity.ipynb #e178f679
+# %% ../nbs/28_integrity.ipynb #535a2f3c
 def verify_run(path: str | os.PathLike, deep: bool = False, trusted: str | os.PathLike | None = None) -> RunReport:
     """Look at a run's folder, or at one checkpoint's, and say what does not agree. Nothing is changed.
 
     `deep` also loads each checkpoint (plain data only) and compares its content with its metadata. `trusted` is a folder of trusted keys
-    (else `CODEX_ML_KEYS`, else the user's): where there are some, each checkpoint must be signed by one of them; where there are none, a
-    signature is only compared with the files. Raises `IntegrityError` where there is neither run nor checkpoint, `SigningError` for a
-    trusted key that cannot be read.
+    (else `CODEX_ML_KEYS`, else the user's): where there are some, each checkpoint must be signed by one of them, and only then is it
+    loaded; where there are none, a signature is only compared with the files. Raises `IntegrityError` where
+    there is neither run nor checkpoint, `SigningError` for a trusted key that cannot be read.
     """
     root, begun = Path(path), time.monotonic()
     report = RunReport(str(root), deep)
@@ -218,7 +225,8 @@ def verify_run(path: str | os.PathLike, deep: bool = False, trusted: str | os.Pa
         _check_chain(look, found)
     runs = set()
     with ThreadPoolExecutor(1 if deep else min(4, os.cpu_count() or 1)) as pool:  # a hash lets go of the interpreter; loads would add up
-        for checkpoint, wrong in zip(found[::-1], pool.map(lambda c: _check_bytes(c, deep), found[::-1]), strict=True):
+        bytes_of = (lambda c: _check_bytes(c, deep and _signed(c, keys, report.run_id)))  # nobody's state is not built
+        for checkpoint, wrong in zip(found[::-1], pool.map(bytes_of, found[::-1]), strict=True):
             if checkpoint.folder.exists():  # a run that goes on may have pruned it meanwhile
                 report.bytes += _size(checkpoint.folder/"checkpoint.pt")
                 runs.add(_check_one(look, checkpoint, wrong, keys, report.run_id))

@@ -6,10 +6,10 @@
 __all__ = ['KINDS', 'RecordedSteps', 'read_steps', 'NoRun', 'Traces', 'traces', 'StepDifference', 'differences_by_step', 'ulps',
            'loss_ulps']
 
-# %% ../nbs/58_recorded_steps.ipynb #bebc6e45
+# %% ../nbs/58_recorded_steps.ipynb #d8b00214
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .strict_json import read_json
 from .telemetry.ndjson import NdjsonReader
 from .telemetry.schema import EVENT, STEPS
 
-# %% ../nbs/58_recorded_steps.ipynb #c41a3b54
+# %% ../nbs/58_recorded_steps.ipynb #6c026d7a
 class _Column:
     "A value of 64 bits for each step, the steps counted from 1; a zero in `there` where none is known."
 
@@ -102,12 +102,15 @@ class RecordedSteps:
         return int(np.flatnonzero(self.losses.there)[-1]) if self.count else 0
 
 
-def read_steps(metrics: Path, run_id: str | None = None) -> RecordedSteps:
-    "The fingerprints in a stream: those of the run `run_id`, else of the one that began last. Nothing where there is no stream."
+def read_steps(metrics: Path, run_id: str | None = None, on_bad: Callable[[str], Any] | None = None) -> RecordedSteps:
+    """The fingerprints in a stream: those of the run `run_id`, else of the one that began last. Nothing where there is no stream.
+
+    `on_bad` hears of lines that hold no record, as `NdjsonReader` has it.
+    """
     found: dict[str, RecordedSteps] = {}
     latest = None
     try:
-        for record in NdjsonReader(metrics, on_bad=lambda reason: None):
+        for record in NdjsonReader(metrics, on_bad=on_bad):
             if record["$schema"] in (STEPS, EVENT):
                 if record["run_id"] not in found:
                     latest = found[record["run_id"]] = RecordedSteps()
@@ -123,7 +126,7 @@ def _take(steps: RecordedSteps, record: Mapping[str, Any]) -> None:
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):  # not as its schema says: nothing to compare
         pass
 
-# %% ../nbs/58_recorded_steps.ipynb #51941af0
+# %% ../nbs/58_recorded_steps.ipynb #0d5f8195
 class NoRun(ValueError):
     "There is no run at this path."
 
@@ -143,8 +146,8 @@ class Traces:
         return told or (self.steps.begins[-1][1].get("config", {}) if self.steps.begins else {})
 
 
-def traces(path: str | os.PathLike) -> Traces:
-    "What is there of the run at `path`: its folder, one of its checkpoints, or its file of metrics. Raises `NoRun`."
+def traces(path: str | os.PathLike, on_bad: Callable[[str], Any] | None = None) -> Traces:
+    "What is there of the run at `path`: its folder, one of its checkpoints, or its file of metrics; `on_bad` as above. Raises `NoRun`."
     given = Path(path)
     if not given.exists():
         raise NoRun(f"{given} does not exist: give the checkpoint.dir of a run, or its metrics.ndjson")
@@ -158,7 +161,7 @@ def traces(path: str | os.PathLike) -> Traces:
         except CorruptFile:
             pass
     told = resolved.get("values", {}).get("metrics_out", {}).get("value") or ".codex/metrics.ndjson"
-    found = Traces(folder, resolved, read_steps(folder/told if given.is_dir() else given, resolved.get("run_id")))
+    found = Traces(folder, resolved, read_steps(folder/told if given.is_dir() else given, resolved.get("run_id"), on_bad))
     if not resolved and not found.steps.count and not found.steps.begins and not any(folder.glob("epoch-*/metadata.json")):
         raise NoRun(f"{path} holds no run: give the checkpoint.dir of a run, or its metrics.ndjson")
     return found

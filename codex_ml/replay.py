@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ReplayError', 'Stretch', 'choose', 'Replay', 'replay', 'main']
 
-# %% ../nbs/63_replay.ipynb #ae90468a
-import argparse
+# %% ../nbs/63_replay.ipynb #68ad3ff1
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,21 @@ from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify_ch
 from .config import KEYS, CheckpointConfig, ConfigError, MonitoringConfig, TrainConfig, check, set_key
 from .data import DataError
 from .durable import CorruptFile, StorageError
+from .keys import SigningError
 from .models import ModelError
 from .provenance import differences
 from .recorded_steps import NoRun, StepDifference, Traces, differences_by_step, traces
 from .registry import PluginError, UnknownName
+from .secrets import redact
 from .settings import Settings, drift, drift_table
+from .signing import SignatureError, Signing, open_policy, policy_words
 from .strict_json import read_json
+from .telemetry.skipped import Skipped
 from .tokenizers import TokenizerError
 from .train_loop import train
+from .words import Parser
 
-# %% ../nbs/63_replay.ipynb #c59a7fbb
+# %% ../nbs/63_replay.ipynb #8ce222cb
 class ReplayError(ValueError):
     "A stretch that cannot be run again: says why, and what it would take."
 
@@ -44,19 +49,21 @@ class Stretch:
     epoch: int | None  # ends when this epoch does …
     step: int  # … or after this step; 0 where the epoch's last step is not known
     sha256: str | None
+    remarks: tuple[str, ...] = ()  # on signatures
 
     @property
     def target(self) -> str:
         return f"step-{self.step:08d}" if self.epoch is None else f"epoch-{self.epoch:04d}"
 
 
-def choose(run: Traces, epoch: int | None = None, from_step: int | None = None, to_step: int | None = None) -> Stretch:
-    "The stretch that is asked for; the last epoch where nothing is. Raises `ReplayError`."
-    found = [c for c in list_checkpoints(run.folder) if c.metadata]
+def choose(run: Traces, signing: Signing, epoch: int | None = None, from_step: int | None = None, to_step: int | None = None) -> Stretch:
+    "The stretch that is asked for; the last epoch where nothing is. Raises `ReplayError`, and `SignatureError` as `signing` has it."
+    there = list_checkpoints(run.folder)
+    found = [c for c in there if c.metadata]
     if epoch is not None and (from_step is not None or to_step is not None):
         raise ReplayError("give an epoch, or steps, not both")
     if epoch is None and to_step is None:
-        last = next((c for c in found if c.is_epoch), None)
+        last = next((c for c in (there if signing.trusted else found) if c.is_epoch), None)  # one that is spoilt is told of
         if last is None:
             raise ReplayError(f"{run.folder} has no epoch's checkpoint to come to: give a step to come to, --to-step N")
         epoch = last.epoch
@@ -74,19 +81,29 @@ def choose(run: Traces, epoch: int | None = None, from_step: int | None = None, 
     if from_step is not None and step and not 0 < from_step <= step:
         raise ReplayError(f"--from-step {from_step} is not a step up to {step}, to which the stretch goes")
     before = [c for c in found if (c.metadata["global_step"] < (from_step or step) if step else c.epoch < (epoch or 0))]
-    return Stretch(_first_good(before), epoch, step, sha256)
+    return _admitted(Stretch(_first_good(before), epoch, step, sha256), there, signing)
+
+
+def _admitted(stretch: Stretch, there: list[Checkpoint], signing: Signing) -> Stretch:
+    "The stretch, if the checkpoints at both of its ends have the signatures that are asked for."
+    ends = [c for c in there if c.name == stretch.target or c == stretch.start]
+    try:
+        remarks = [remark for checkpoint in ends for remark in signing.admit(checkpoint)]
+    except SignatureError as error:
+        raise SignatureError(f"{error}. The stretch is not run again; it is with signature=warn") from error
+    if signing.trusted and stretch.sha256 and stretch.target not in [c.name for c in ends]:
+        remarks.append(f"{stretch.target} is not there any more: its hash is from the file of metrics, which nobody signs")
+    return dataclasses.replace(stretch, remarks=tuple(remarks))
 
 
 def _first_good(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     for checkpoint in checkpoints:
-        try:
+        with suppress(CorruptFile):  # the one before will do
             verify_checkpoint(checkpoint)
             return checkpoint
-        except CorruptFile:  # the one before will do
-            continue
     return None
 
-# %% ../nbs/63_replay.ipynb #52f6b603
+# %% ../nbs/63_replay.ipynb #b9a7bf63
 @dataclass(frozen=True)
 class Replay:
     "What a replay came to: `same` says whether to the recorded bits."
@@ -100,6 +117,7 @@ class Replay:
     compared: int  # of these, how many had a fingerprint to compare with
     differences: list[StepDifference]  # the first step of each kind, the earliest first
     environment: list[tuple[str, Any, Any]]  # what differs between the run's surroundings and those of the replay
+    remarks: list[str] = dataclasses.field(default_factory=list)  # on signatures
 
     @property
     def exit_code(self) -> int:
@@ -108,10 +126,8 @@ class Replay:
     def __str__(self) -> str:
         lines = [f"{self.target} of {self.run}, again from {self.start or 'the beginning'}, {self.steps} steps: "
                  + ("the same bits" if self.same else "OTHER bits")]
-        if self.recorded:
-            lines += [f"  recorded  {self.recorded}", f"  found     {self.found}"]
-        else:
-            lines.append("  there is no checkpoint of this place, so fingerprints alone were compared")
+        lines += [f"  recorded  {self.recorded}", f"  found     {self.found}"] if self.recorded else [
+            "  there is no checkpoint of this place, so fingerprints alone were compared"]
         lines.append(f"  {self.compared} fingerprints compared" + ("" if self.differences else ", all equal") if self.compared else
                      "  no fingerprints to compare: the run had fingerprint_every_steps=0, or no file of metrics")
         for one in self.differences:
@@ -121,9 +137,9 @@ class Replay:
             lines += ["  what differs in the environment:", drift_table(self.environment).replace("asked for now", "now")]
         elif not self.same:
             lines.append("  nothing differs in the environment: look at the code, and at what the caller brought (model, data, loss_fn, …)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {remark}" for remark in self.remarks)])
 
-# %% ../nbs/63_replay.ipynb #e80b441e
+# %% ../nbs/63_replay.ipynb #319faeb4
 def _config(run: Traces, stretch: Stretch, folder: Path) -> TrainConfig:
     "What the process that came to the target was told."
     told = run.steps.saved.get(stretch.target, ("", {}))[1].get("config") or run.config
@@ -133,7 +149,7 @@ def _config(run: Traces, stretch: Stretch, folder: Path) -> TrainConfig:
     for name, value in told.items():
         if name in KEYS and not name.startswith(("checkpoint.", "monitoring.")):
             set_key(config, name, value)
-    config.checkpoint = CheckpointConfig(dir=str(folder), resume=True, strict=True)
+    config.checkpoint = CheckpointConfig(dir=str(folder), resume=True, strict=True, signature="off")  # its signature was looked at
     config.monitoring, config.system_metrics_interval, config.histogram_every_steps = MonitoringConfig(), 0.0, None
     config.tensorboard = config.wandb_enable = config.mlflow_enable = False
     config.metrics_out, config.progress = ".codex/metrics.ndjson", "off"
@@ -165,8 +181,8 @@ class _End:
         if epoch == self.stretch.epoch:
             state.request_stop("the stretch ends")
 
-# %% ../nbs/63_replay.ipynb #5898352e
-def _again(run: Traces, stretch: Stretch, parts: Parts, folder: Path) -> Replay:
+# %% ../nbs/63_replay.ipynb #9614120b
+def _again(run: Traces, stretch: Stretch, parts: Parts, folder: Path, signing: Signing) -> Replay:
     "Run the stretch in `folder` and compare."
     folder.mkdir()
     for name in ("tokenizer.json", "config.resolved.json"):
@@ -175,6 +191,7 @@ def _again(run: Traces, stretch: Stretch, parts: Parts, folder: Path) -> Replay:
     if stretch.start:
         shutil.copytree(stretch.start.folder, folder/stretch.start.name)
         write_pointer(folder, {"epoch": stretch.start.epoch, "path": stretch.start.name, "checkpoint_sha256": stretch.start.sha256})
+        signing.admit(list_checkpoints(folder)[0])  # the copy, which nobody can change any more
     config = _config(run, stretch, folder)
     result = train(Settings(config, dict.fromkeys(KEYS, "the run")),
                    dataclasses.replace(parts, callbacks=[*parts.callbacks, _End(stretch)]))
@@ -192,7 +209,7 @@ def _again(run: Traces, stretch: Stretch, parts: Parts, folder: Path) -> Replay:
     sha256 = result["checkpoint_sha256_last"]
     same = sha256 == stretch.sha256 if stretch.sha256 else not found and compared > 0
     return Replay(str(run.folder), stretch.target, stretch.start.name if stretch.start else None, same, stretch.sha256, sha256,
-                  result["total_steps"], compared, found, _surroundings(run, stretch, folder))
+                  result["total_steps"], compared, found, _surroundings(run, stretch, folder), list(stretch.remarks))
 
 
 def _surroundings(run: Traces, stretch: Stretch, folder: Path) -> list[tuple[str, Any, Any]]:
@@ -205,67 +222,73 @@ def _surroundings(run: Traces, stretch: Stretch, folder: Path) -> list[tuple[str
         then = {"environment": begun.get("environment", {})}
     return [(name.removeprefix("environment."), a, b) for name, a, b in differences(then, now)]
 
-# %% ../nbs/63_replay.ipynb #75f60cbb
+# %% ../nbs/63_replay.ipynb #8b1f19c3
 def replay(run: str | Path, *, epoch: int | None = None, from_step: int | None = None, to_step: int | None = None, model: Any = None,
            data: Any = None, eval_data: Any = None, loss_fn: Any = None, eval_fn: Any = None, optimizer: Any = None,
-           callbacks: Any = (), fresh: bool | None = None) -> Replay:
+           callbacks: Any = (), fresh: bool | None = None, trusted: str | Path | None = None, signature: str | None = None,
+           on_bad: Callable[[str], Any] | None = None) -> Replay:
     """Run a stretch of the run in the folder `run` again, and say whether it comes to the same bits.
 
     - `epoch`: the epoch to come to, from the checkpoint before it; None: the last one. Or `from_step`, `to_step`: from the newest
       checkpoint before `from_step` to the end of step `to_step`; where no checkpoint was made there, fingerprints are compared.
     - `model`, `data`, `loss_fn`, `optimizer`, …: what the run was given as objects; the same ones, or functions that make them.
     - `fresh`: in a process of its own; None: where no objects are given.
+    - `trusted`, `signature`: what is asked of the checkpoints at both ends of the stretch, as in `open_policy`.
+    - `on_bad`: hears of lines of the run's metrics that cannot be read; without it there is one warning.
 
-    Raises `ReplayError` where it cannot be run again, `NoRun` where there is no run.
+    Raises `ReplayError` where it cannot be run again, `NoRun`, `SigningError` for keys that cannot be read, and `SignatureError`.
     """
     parts = Parts(model, data, eval_data, loss_fn, eval_fn, optimizer, callbacks)
     brought = any(value is not None for value in (model, data, eval_data, loss_fn, eval_fn, optimizer)) or bool(callbacks)
-    given = traces(run)
-    stretch = choose(given, epoch, from_step, to_step)
+    given, signing = traces(run, on_bad), open_policy(trusted, signature)
+    stretch = choose(given, signing, epoch, from_step, to_step)
     _needed(given, parts)
     if fresh or (fresh is None and not brought):
-        return _in_a_fresh_process(given, stretch, from_step)
+        return _in_a_fresh_process(given, stretch, from_step, {"--keys": trusted, "--signature": signature})
     with tempfile.TemporaryDirectory(prefix="codex-ml-replay-") as place:
         try:
-            return _again(given, stretch, parts, Path(place)/"run")
+            return _again(given, stretch, parts, Path(place)/"run", signing)
         except (CheckpointError, CorruptFile, ConfigError, DataError, ModelError, UnknownName, PluginError, TokenizerError) as error:
             reason = str(error).replace(str(Path(place)/"run"), str(given.folder))
             raise ReplayError(f"{given.folder} cannot be run again here: {reason}") from error
 
 
-def _in_a_fresh_process(run: Traces, stretch: Stretch, from_step: int | None) -> Replay:
-    words = ["--to-step", str(stretch.step)] if stretch.epoch is None else ["--epoch", str(stretch.epoch)]
-    words += ["--from-step", str(from_step)] if from_step and stretch.epoch is None else []
+def _in_a_fresh_process(run: Traces, stretch: Stretch, from_step: int | None, options: dict[str, Any]) -> Replay:
+    options |= {"--to-step": stretch.step, "--from-step": from_step or None} if stretch.epoch is None else {"--epoch": stretch.epoch}
+    words = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
     done = subprocess.run([sys.executable, "-m", "codex_ml.replay", str(run.folder), *words, "--json"], capture_output=True, text=True)
-    if done.returncode not in (0, 6):
+    if done.returncode not in (0, 6) or not done.stdout:
         raise ReplayError(done.stderr.strip().splitlines()[-1].removeprefix("codex-ml replay: ") if done.stderr else "it was killed")
     found = json.loads(done.stdout)
     return Replay(**found | {"differences": [StepDifference(**one | {"tensors": tuple(one["tensors"])}) for one in found["differences"]],
                              "environment": [tuple(row) for row in found["environment"]]})
 
-# %% ../nbs/63_replay.ipynb #bd1e6ccc
+# %% ../nbs/63_replay.ipynb #44e750d3
 def main(words: list[str] | None = None) -> int:
     "Replay as `words` (else the command line) say; returns the exit code."
-    parser = argparse.ArgumentParser("codex-ml replay", description="Run a stretch of a run again and say whether it comes to the same "
-                                     "bits. The run is only read. Exit code 0: the same; 6: others; 2: it cannot be run again.")
+    parser = Parser("codex-ml replay", description="Run a stretch of a run again and say whether it comes to the same bits. The "
+                    "run is only read. Exit code 0: the same; 6: others, or no signature where one is required; 2: it cannot be run again.")
     parser.add_argument("run", metavar="RUN", help="its checkpoint.dir")
     parser.add_argument("--epoch", type=int, metavar="N", help="the epoch to come to; else the last one")
     parser.add_argument("--from-step", type=int, metavar="A", help="begin at the newest checkpoint before this step")
     parser.add_argument("--to-step", type=int, metavar="B", help="end after this step")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    policy_words(parser)
     try:
         given = parser.parse_args(words)
     except SystemExit as left:  # argparse has said what is wrong, or shown its help
         return int(left.code or 0)
     try:
-        found = replay(given.run, epoch=given.epoch, from_step=given.from_step, to_step=given.to_step, fresh=False)
+        with Skipped() as skipped:
+            found = replay(given.run, epoch=given.epoch, from_step=given.from_step, to_step=given.to_step, fresh=False,
+                           trusted=given.keys, signature=given.signature, on_bad=skipped)
     except KeyboardInterrupt:
         print("\nstopped; the run was not touched", file=sys.stderr)
         return 130
-    except (ReplayError, NoRun, StorageError) as error:
-        print(f"codex-ml replay: {error}", file=sys.stderr)
-        return 5 if isinstance(error, StorageError) else 2
-    print(json.dumps(dataclasses.asdict(found), indent=2, default=str) if given.json else found)
+    except (ReplayError, NoRun, StorageError, SignatureError, SigningError, ConfigError) as error:
+        print(f"codex-ml replay: {redact(str(error))}", file=sys.stderr)
+        return 5 if isinstance(error, StorageError) else 6 if isinstance(error, SignatureError) else 2
+    print(json.dumps(redact(dataclasses.asdict(found)), indent=2, default=str) if given.json else redact(str(found)))
     return found.exit_code
 
 # %% ../nbs/63_replay.ipynb #25291da0

@@ -138,13 +138,13 @@ def write_baseline(path: str | os.PathLike, findings: Iterable[Finding]) -> None
     rows = [dict(zip(("path", "kind", "sha256"), known, strict=True)) for known in sorted({f.known_by for f in findings})]
     write_json(path, {"schema_version": "v1", "known": rows})
 
-# %% ../nbs/85_secret_scan.ipynb #62037d84
+# %% ../nbs/85_secret_scan.ipynb #e8913a78
 def doctor(path: str, baseline: str | None = None, accept: bool = False) -> int:
     "Print file, line and kind of each secret below `path`. The exit code: 0 none, 6 some, 2 where there is nothing to look at."
     top = Path(path) if Path(path).is_dir() else Path(path).parent
     known_file = Path(baseline) if baseline else top/BASELINE
     if not Path(path).exists():
-        print(f"codex-ml doctor: there is no {path}: give a file, a run's folder or a folder of notebooks", file=sys.stderr)
+        print(f"codex-ml doctor: there is no {redact(path)}: give a file, a run's folder or a folder of notebooks", file=sys.stderr)
         return 2
     try:
         known = set() if accept else read_baseline(known_file)
@@ -160,7 +160,7 @@ def doctor(path: str, baseline: str | None = None, accept: bool = False) -> int:
         print(f"{len(found)} findings in {len(paths)} files are known from now on: {known_file}")
         return 0
     for finding in new:
-        print(finding)
+        print(redact(str(finding)))  # a name can hold one too
     print(f"{len(paths)} files, {len(new)} secrets" + (f", {len(found) - len(new)} known by {known_file}" if len(found) > len(new) else "")
           + ("" if not new else ": take them out and have them revoked; `--accept` records those that are none"))
     return 6 if new else 0

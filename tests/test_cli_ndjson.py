@@ -186,7 +186,7 @@ def test_what_is_bad_is_told_and_the_rest_is_shown(path, call):
         file.write("bad\n")
     write(path, scalar(2))
     code, out, err = call("tail", path)
-    assert code == 0 and len(out.splitlines()) == 2 and err.startswith(f"codex-ndjson: left out {path}:2: ") and err.count("\n") == 1
+    assert code == 0 and len(out.splitlines()) == 2 and err.startswith(f"skipped {path}:2: ") and err.count("\n") == 1
 
 
 def test_no_name_steers_the_terminal(path, call):
@@ -283,7 +283,7 @@ def test_lines_that_are_no_records_are_left_out_and_told(tmp_path, call):
     with (tmp_path / "a.ndjson").open("ab") as file:
         file.write(b"bad\n" + encode(scalar(2))[:30] + b"\n" + encode(scalar(3)).rstrip())
     code, out, err = call("merge", tmp_path / "a.ndjson", "-o", tmp_path / "out")
-    assert code == 6 and "2 records, 1 cut short" in out and err.startswith(f"codex-ndjson: left out {tmp_path / 'a.ndjson'}:2: ")
+    assert code == 6 and "2 records, 1 cut short" in out and err.startswith(f"skipped {tmp_path / 'a.ndjson'}:2: ")
     assert (tmp_path / "out").read_bytes() == encode(scalar(1)) + encode(scalar(3))
 
 
@@ -319,3 +319,43 @@ def test_summarize_hands_on_what_was_asked_for(tmp_path, call, monkeypatch):
 
     room.summarize_to = broken  # type: ignore[attr-defined]
     assert call("summarize", "--input", a) == (2, "", 'codex-ndjson: summaries need polars: pip install "codex_ml[metrics]"\n')
+
+
+def test_a_summary_that_had_to_skip_lines_is_written_and_is_6(tmp_path, call):
+    pytest.importorskip("polars")
+    a, page = write(tmp_path / "a.ndjson", scalar(1), scalar(2)), tmp_path / "x.csv"
+    with a.open("ab") as file:
+        file.write(encode(scalar(3))[:40])  # a torn end is no finding
+    code, out, err = call("summarize", "--input", a, "--output", "csv")
+    assert code == 0 and out.count("\n") == 2 and err == "2 records in 1 file, 1 more cut short by a kill or a full disk\n"
+    with a.open("ab") as file:
+        file.write(b"\n" + b"bad\n" * 22)
+    code, printed, err = call("summarize", "--input", a, "--output", "csv")
+    assert code == 6 and printed == out and err.splitlines()[1].startswith(f"skipped {a}:4: ")
+    assert err.splitlines()[-1] == "skipped 2 more such lines: codex-ndjson validate tells them all"
+    assert call("summarize", "--input", a, "--dest", page)[:2] == (6, "") and page.read_text() == out
+    assert call("validate", a)[0] == 6 and call("merge", a, "-o", tmp_path / "m")[0] == 6
+
+
+def test_the_ending_of_a_summary_says_its_form(tmp_path, call):
+    polars = pytest.importorskip("polars")
+    a = write(tmp_path / "a.ndjson", scalar(1), scalar(2))
+    looks = {"x.csv": lambda p: p.read_text().startswith("run_id,"), "x.json": lambda p: p.read_text().startswith("[\n{"),
+             "x.parquet": lambda p: polars.read_parquet(p).height == 1, "x.txt": lambda p: p.read_text().startswith("run  "),
+             "x.md": lambda p: p.read_text().startswith("run  ")}
+    for name, right in looks.items():
+        assert call("summarize", "--input", a, "--dest", tmp_path / name)[0] == 0 and right(tmp_path / name), name
+    assert call("summarize", "--input", a, "--output", "csv", "--dest", tmp_path / "scores.dat")[0] == 0
+    assert looks["x.csv"](tmp_path / "scores.dat")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--output", "csv", "--dest", "{}/x.parquet"],
+     "x.parquet: its ending stands for parquet, and --output says csv: leave one of the two out"),
+    (["--dest", "{}/x.dat"], "x.dat: its ending does not say what to write: it can be .txt (table), .md (table), .csv (csv), .json (json), "
+                             ".parquet (parquet); or say it with --output"),
+])
+def test_a_form_that_contradicts_its_ending_is_2_and_writes_nothing(words, said, tmp_path, call):
+    a = write(tmp_path / "a.ndjson", scalar(1))
+    code, out, err = call("summarize", "--input", a, *[word.format(tmp_path) for word in words])
+    assert (code, out, err) == (2, "", f"codex-ndjson: {tmp_path}/{said}\n") and [*tmp_path.iterdir()] == [a]

@@ -230,8 +230,20 @@ def test_the_name_of_the_file_chooses_the_form(tmp_path: Path, capsys) -> None:
     a = make(tmp_path / "a", [1.0, 2.0])
     for name, start in (("r.html", "<!doctype html>"), ("r.md", "# Runs compared"), ("r.txt", "Runs compared")):
         assert compare([a, a], dest=tmp_path / name) == 0 and (tmp_path / name).read_text().startswith(start)
-    assert compare([a, a], dest=tmp_path / "r.txt", output="markdown") == 0 and (tmp_path / "r.txt").read_text().startswith("# ")
+    assert compare([a, a], dest=tmp_path / "r.dat", output="markdown") == 0 and (tmp_path / "r.dat").read_text().startswith("# ")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("name", "output", "said"), [
+    ("page.txt", "html", "its ending stands for text, and --output says html: leave one of the two out"),
+    ("page.html", "text", "its ending stands for html, and --output says text: leave one of the two out"),
+    *((name, None, "its ending does not say what to write: it can be .txt (text), .md (markdown), .html (html); or say it with --output")
+      for name in ("page.csv", "page")),
+])
+def test_a_form_that_contradicts_the_name_is_2_and_writes_nothing(tmp_path: Path, capsys, name: str, output: str | None, said: str) -> None:
+    a = make(tmp_path / "a", [1.0, 2.0])
+    assert compare([a, a], dest=tmp_path / name, output=output) == 2
+    assert capsys.readouterr() == ("", f"codex-ml compare: {tmp_path / name}: {said}\n") and not (tmp_path / name).exists()
 
 
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:

@@ -188,24 +188,65 @@ TestHistory = History.TestCase
 # ---- that the machine can see
 
 
-MUTANTS = {
-    "the best is not protected": lambda m: m.setattr(retention, "score", lambda checkpoint: 0.0),
-    "nothing is protected": lambda m: m.setattr(retention, "protected_names", lambda folder, verified=(): (None, set())),
-    "the newest that verifies is not protected": lambda m: m.setattr(retention, "_verifies", lambda checkpoint, verified: True),
-    "the budget is not kept": lambda m: m.setattr(retention, "_size", lambda checkpoint: 0),
-    "the report is not true": lambda m: m.setattr(retention, "_removed", lambda checkpoint, failed: True),
+def histories():
+    """Random ones, always the same."""
+    few = settings(max_examples=150, stateful_step_count=20, deadline=None, database=None, derandomize=True, print_blob=False,
+                   suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=[p for p in settings().phases
+                                                                                               if p.name in ("explicit", "generate")])
+    from hypothesis.stateful import run_state_machine_as_test
+    run_state_machine_as_test(History, settings=few)
+
+
+def every_death_while_pruning():
+    """Die at the first operation of a prune, at the second, and so on to the last: each time a checkpoint is whole under its name, or has
+    lost it. Returns how many there are."""
+    for k in range(1000):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            for epoch in (1, 2, 3):
+                save(folder, epoch, 1.0 / epoch)
+            files = sorted(p.name for p in (folder / "epoch-0003").iterdir())
+            ended = dies_at(k, lambda folder=folder: prune_checkpoints(folder, keep_last=1))
+            names = {c.name for c in list_checkpoints(folder)}
+            for name in sorted(names):
+                left = sorted(p.name for p in (folder / name).iterdir())
+                assert left == files, f"dead at operation {k}: {name} is half deleted, {left} are left of it"
+            assert "epoch-0003" in names == good(folder)
+            sweep(folder)
+            assert {p.name for p in folder.iterdir()} == names | {"latest.json", "latest.json.bak"}, "a leftover goes with the next sweep"
+            if ended:
+                assert names == {"epoch-0003"}
+                return k
+    raise AssertionError("it never came to its end")
+
+
+def test_a_removal_takes_the_name_first():
+    assert every_death_while_pruning() >= 2 * 5  # two checkpoints: a rename each, a sync, three files
+
+
+def in_place(folder):
+    """`remove_folder` without the rename."""
+    shutil.rmtree(folder)
+    durable.fsync_dir(Path(folder).parent)
+
+
+MUTANTS = {  # what is broken, and what has to see it
+    "the best is not protected": (histories, lambda m: m.setattr(retention, "score", lambda checkpoint: 0.0)),
+    "nothing is protected": (histories, lambda m: m.setattr(retention, "protected_names", lambda folder, verified=(): (None, set()))),
+    "the newest that verifies is not protected": (
+        histories, lambda m: m.setattr(retention, "_verifies", lambda checkpoint, verified: True)),
+    "the budget is not kept": (histories, lambda m: m.setattr(retention, "_size", lambda checkpoint: 0)),
+    "the report is not true": (histories, lambda m: m.setattr(retention, "_removed", lambda checkpoint, failed: True)),
+    "a removal deletes in place": (every_death_while_pruning, lambda m: m.setattr(retention, "remove_folder", in_place)),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_retention_is_seen(monkeypatch, mutant):
-    MUTANTS[mutant](monkeypatch)
-    few = settings(max_examples=150, stateful_step_count=20, deadline=None, database=None, derandomize=True, print_blob=False,
-                   suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=[p for p in settings().phases
-                                                                                               if p.name in ("explicit", "generate")])
-    from hypothesis.stateful import run_state_machine_as_test
+    sees, breaks = MUTANTS[mutant]
+    breaks(monkeypatch)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(History, settings=few)
+        sees()
 
 
 # ---- how much disk a run will need

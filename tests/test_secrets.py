@@ -4,6 +4,7 @@ What this file plants stands in the baseline.
 """
 
 import gzip
+import importlib
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from codex_ml import secrets
 from codex_ml.cli.main import main
+from codex_ml.cli.ndjson import main as ndjson
 from codex_ml.config import TrainConfig, flatten
 from codex_ml.provenance import environment, run_manifest
 from codex_ml.secret_scan import BASELINE, files_in, read_baseline, scan, write_baseline
@@ -341,6 +343,111 @@ sys.exit(train.main(["epochs=1"]))
     code, _, err = shell.run(work, script=script)
     assert code == 1 and "Traceback" in err and "in broken" in err and "[redacted: Hugging Face token]" in err
     assert HF not in err and "geheim1" not in err
+
+
+# ---- every other command
+
+
+@pytest.fixture(scope="module")
+def told_run(tmp_path_factory):
+    """A run that its folder describes whole."""
+    place = tmp_path_factory.mktemp("told")
+    (place / "text.txt").write_text("".join(f"{i} and {i % 7} make {i + i % 7}\n" for i in range(120)))
+    run_training(model="tiny", data=place / "text.txt", block_size=16, epochs=2, batch_size=8, progress="off", threads=1,
+                 checkpoint_dir=place / "run")
+    return place / "run"
+
+
+def set_value(run, name, value):
+    """A value of the recorded configuration, as a hand or another program would write it there."""
+    file = run / "config.resolved.json"
+    told = json.loads(file.read_text())
+    told["values"][name]["value"] = value
+    if name in told["identity"]:
+        told["identity"][name] = value
+    file.write_text(json.dumps(told))
+
+
+WORDS = {"evaluate": ["{}"], "replay": ["{}"], "diff": ["{}", "{}"], "verify": ["{}"], "keys trust": ["{}.pem"],
+         "keys list": ["--keys", "{}"],
+         "watch": ["{}"], "compare": ["{}"], "export": ["{}", "--to", "csv"], "doctor": ["--secrets", "{}"], "{}": []}
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_a_commands_message_has_no_secret_of_the_environment(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("STORE_PASSWORD", KEY)
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(f"runs-{KEY}") for word in [*command.split(), *WORDS[command]]]
+    code = main(words)
+    said = capsys.readouterr()
+    assert code in (2, 5) or command == "keys list"
+    assert KEY not in said.out + said.err and "[redacted: environment STORE_PASSWORD]" in said.out + said.err
+    assert (said.out + said.err).count("\n") == 1
+
+
+@pytest.mark.parametrize("words", (["validate"], ["tail"], ["summarize", "--output", "csv", "--dest", "x.csv", "--input"]))
+def test_the_readers_of_metrics_say_none_either(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setenv("STORE_PASSWORD", KEY)
+    monkeypatch.chdir(tmp_path)
+    assert ndjson([*words, f"runs-{KEY}"]) == 2
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err and "[redacted: environment STORE_PASSWORD]" in said.err
+    (tmp_path / "metrics.ndjson").write_text(json.dumps({"$schema": "codex_ml/metrics.v1", "split": KEY}) + "\n")
+    ndjson([*words, "metrics.ndjson"])
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err
+
+
+@pytest.mark.parametrize("command", ("evaluate", "replay"))
+@pytest.mark.parametrize(("name", "value"), (("data", "https://me:geheim1@store/x.txt"), ("data", f"/nowhere/{HF}.txt"), ("model_name", HF),
+                                             ("tokenizer", KEY)))
+def test_a_value_of_the_configuration_in_an_error_is_without_secrets(told_run, tmp_path, monkeypatch, capsys, command, name, value):
+    run = tmp_path / "run"
+    shutil.copytree(told_run, run)
+    monkeypatch.setenv("STORE_PASSWORD", KEY)
+    set_value(run, name, value)
+    (run / "tokenizer.json").unlink(missing_ok=True)
+    for file in run.glob(".codex/*"):  # where the configuration stands once more, as it was
+        file.unlink()
+    code = main([command, str(run)])
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and "[redacted: " in err
+    for secret in (HF, KEY, "geheim1"):
+        assert secret not in err
+
+
+@pytest.mark.parametrize("words", (["diff"], ["diff", "--json"], ["compare"]))
+def test_a_secret_that_differs_is_told_without_its_value(told_run, tmp_path, capsys, words):
+    folders = [tmp_path / name for name in "ab"]
+    for folder, value in zip(folders, ("hunter22", "hunter33"), strict=True):
+        shutil.copytree(told_run, folder)
+        set_value(folder, "model_args", {"api_key": value})
+        metrics = folder / ".codex/metrics.ndjson"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        for row in rows:
+            if row.get("event") == "run_start":
+                row["data"]["config"]["model_args.api_key"] = value
+                row["data"]["config"]["model_args"] = {"api_key": value}
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([words[0], *map(str, folders), *words[1:]]) == 0
+    out = capsys.readouterr().out
+    assert "hunter" not in out and "api_key" in out and "[redacted: key name" in out  # a column may be narrower
+
+
+@pytest.mark.parametrize("words", (["evaluate", "run"], ["replay", "run"], ["diff", "run", "run"], ["verify", "run"],
+                                   ["export", "run", "--to", "csv"]))
+def test_an_error_of_a_command_that_nobody_expected(monkeypatch, capsys, words):
+    def broken(*given, **named):
+        raise RuntimeError(f"cannot reach https://me:geheim1@store with {HF}")
+
+    module, name = {"evaluate": ("evaluate_run", "evaluate_run"), "replay": ("replay", "replay"), "diff": ("first_difference",) * 2,
+                    "verify": ("integrity", "verify_run"), "export": ("telemetry.export", "export_run")}[words[0]]
+    monkeypatch.setattr(importlib.import_module(f"codex_ml.{module}"), name, broken)
+    if words[0] == "evaluate":
+        monkeypatch.setattr("codex_ml.evaluate_run.evaluation_of", broken)
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "[redacted: Hugging Face token]" in err and HF not in err and "geheim1" not in err
 
 
 # ---- looking for secrets

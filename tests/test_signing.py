@@ -25,8 +25,11 @@ from codex_ml.checkpoint import Checkpoint, CheckpointError, list_checkpoints, s
 from codex_ml.cli.main import main
 from codex_ml.config import CheckpointConfig
 from codex_ml.durable import CorruptFile, StorageError
+from codex_ml.evaluate_run import evaluate_run
+from codex_ml.first_difference import first_difference
 from codex_ml.integrity import verify_run
 from codex_ml.keys import PASSWORD, PrivateKey, PublicKey, SigningError, load_private, load_public, new_key, trust, trusted_keys
+from codex_ml.replay import replay
 from codex_ml.signing import (
     COVERED,
     PAYLOAD_TYPE,
@@ -34,11 +37,13 @@ from codex_ml.signing import (
     SignatureError,
     check_parent,
     check_signature,
+    open_policy,
     open_signing,
     pae,
     read_bundle,
     sign,
 )
+from codex_ml.train_loop import run_training
 
 Run = Callable[..., dict[str, Any]]
 
@@ -207,6 +212,213 @@ def test_no_checkpoint_is_ever_there_unsigned(key: PrivateKey, tmp_path: Path, m
     with pytest.raises(StorageError):
         save_checkpoint(tmp_path, "epoch-0002", state, state, {}, fails)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0001"]
+
+
+# ---- those who only read a run
+
+@pytest.fixture(scope="module")
+def told(made: Path) -> Path:
+    """A signed run of three epochs that its folder describes whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PASSWORD, "correct horse")
+        patch.setenv("XDG_CONFIG_HOME", str(made / "config"))
+        (made / "text.txt").write_text("".join(f"{i} and {i % 7} make {i + i % 7}\n" for i in range(120)))
+        run_training(model="tiny", data=made / "text.txt", block_size=16, epochs=3, batch_size=8, progress="off", threads=1,
+                     checkpoint_dir=made / "told", checkpoint_sign=True, checkpoint_key=str(made / "mine.pem"))
+    return made / "told"
+
+
+def unsigned(made: Path, run: Path, name: str) -> None:
+    (run / name / SIGNATURE).unlink()
+
+
+def by_another_key(made: Path, run: Path, name: str) -> None:
+    c = named(run, name)
+    bundle = read_bundle(c.folder)
+    said = sign(load_private(made / "other.pem", "correct horse"), bundle.facts["run_id"], name, bundle.digests, c.metadata)
+    (c.folder / SIGNATURE).write_text(said)
+
+
+def older_put_in_its_place(made: Path, run: Path, name: str) -> None:
+    shutil.rmtree(run / name)
+    shutil.copytree(run / "epoch-0001", run / name)
+
+
+def older_made_to_fit(made: Path, run: Path, name: str) -> None:
+    """Its records say that it is the newer one, and their signature is the older one's."""
+    facts = {field: named(run, name).metadata[field] for field in ("epoch", "global_step", "parent_checkpoint_sha256")}
+    older_put_in_its_place(made, run, name)
+    file = run / name / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+HARMS: dict[Callable[[Path, Path, str], None], str] = {
+    unsigned: "is not signed", by_another_key: "which is not trusted here", older_put_in_its_place: "belongs to another checkpoint",
+    older_made_to_fit: "was made for another place or content"}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An entry for each checkpoint of which anything was built."""
+    seen: list[str] = []
+    real = checkpoint_module.deserialize
+    monkeypatch.setattr(checkpoint_module, "deserialize", lambda file: (seen.append(str(file)), real(file))[1])
+    return seen
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize(("command", "code"), [("evaluate", 4), ("replay", 6)])
+def test_a_command_that_uses_a_checkpoint_asks_for_its_signature(
+        made: Path, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loads: list[str],
+        harm: Callable[[Path, Path, str], None], command: str, code: int) -> None:
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    monkeypatch.setenv("CODEX_ML_KEYS", str(made / "trusted"))
+    harm(made, run, "epoch-0003")
+    before = sorted(p.name for p in run.iterdir())
+    assert main([command, str(run)]) == code
+    said = capsys.readouterr().err
+    assert HARMS[harm] in said and "signature=warn" in said and said.count("\n") == 1 and "epoch-0003" in said
+    assert loads == [] and sorted(p.name for p in run.iterdir()) == before
+
+
+@pytest.mark.parametrize("harm", [unsigned, by_another_key, older_made_to_fit])
+def test_a_replay_does_not_begin_at_a_checkpoint_that_nobody_signed(
+        made: Path, told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loads: list[str],
+        harm: Callable[[Path, Path, str], None]) -> None:
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    harm(made, run, "epoch-0002")
+    assert main(["replay", str(run), "--keys", str(made / "trusted")]) == 6
+    assert HARMS[harm] in capsys.readouterr().err and loads == []
+
+
+def test_with_a_good_signature_and_with_less_asked_for_they_are_used(made: Path, told: Path, tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    keys = str(made / "trusted")
+    assert main(["evaluate", str(run), f"keys={keys}"]) == 0 and main(["replay", str(run), "--keys", keys]) == 0
+    found = replay(run, trusted=keys)  # in a process of its own
+    assert found.same and found.remarks == []
+    capsys.readouterr()
+    unsigned(made, run, "epoch-0003")
+    assert main(["evaluate", str(run)]) == 0 and main(["replay", str(run)]) == 0  # no key is trusted
+    capsys.readouterr()
+    assert main(["evaluate", str(run), f"keys={keys}", "checkpoint=epoch-0002"]) == 0
+    assert "epoch-0003 is not signed" in " ".join(evaluate_run(run, trusted=keys, signature="warn")["notes"])
+    capsys.readouterr()
+    assert main(["replay", str(run), "--keys", keys, "--signature", "warn"]) == 0
+    assert "note: " in (said := capsys.readouterr().out) and "epoch-0003 is not signed" in said
+    assert "is not signed" in replay(run, trusted=keys, signature="warn", fresh=True).remarks[0]
+    with pytest.raises(SignatureError, match="is not signed"):
+        replay(run, trusted=keys)
+    shutil.rmtree(run / "epoch-0003")
+    assert "nobody signs" in replay(run, epoch=3, trusted=keys, fresh=False).remarks[0]
+
+
+def test_the_run_that_is_read_has_no_say_in_what_is_asked(made: Path, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    unsigned(made, run, "epoch-0003")
+    file = run / "config.resolved.json"
+    recorded = json.loads(file.read_text())
+    recorded["values"]["checkpoint.signature"]["value"] = "off"
+    file.write_text(json.dumps(recorded))
+    monkeypatch.setenv("CODEX_ML_KEYS", str(made / "trusted"))
+    with pytest.raises(CheckpointError, match="is not signed"):
+        evaluate_run(run)
+    with pytest.raises(SignatureError, match="is not signed"):
+        replay(run)
+
+
+def test_the_workspace_has_a_say(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_policy().mode == "off"
+    (tmp_path / "settings.ini").write_text(f"[codex_ml]\ncheckpoint.trusted_keys = {made / 'trusted'}\n")
+    assert open_policy().mode == "required" and open_policy(signature="warn").mode == "warn"
+    (tmp_path / "settings.ini").write_text(f"[codex_ml]\ncheckpoint.trusted_keys = {made / 'trusted'}\ncheckpoint.signature = off\n")
+    assert open_policy().mode == "off" and open_policy(made / "trusted").mode == "required"
+    with pytest.raises(SigningError, match="signature=maybe: it is one of required, warn, off"):
+        open_policy(signature="maybe")
+
+
+@pytest.mark.parametrize("words", [["evaluate", "RUN", "keys=nowhere"], ["replay", "RUN", "--keys", "nowhere"],
+                                   ["diff", "RUN", "RUN", "--keys", "nowhere"], ["evaluate", "RUN", "signature=required"],
+                                   ["replay", "RUN", "--signature", "warn"], ["diff", "RUN", "RUN", "--signature", "warn"]])
+def test_keys_that_are_not_there_are_one_line(told: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(told) if word == "RUN" else word for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "codex-ml keys trust PUBKEY" in said
+
+
+def test_a_difference_does_not_look_into_weights_that_nobody_signed(made: Path, tmp_path: Path, loads: list[str]) -> None:
+    a, b = (Path(shutil.copytree(made / "signed", tmp_path / name)) for name in "ab")
+    shutil.rmtree(b / "epoch-0003")
+    shutil.copytree(b / "epoch-0002", b / "epoch-0003")
+    facts = {field: named(a, "epoch-0003").metadata[field] for field in ("epoch", "global_step")}
+    file = b / "epoch-0003/metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+    found = first_difference(a, b, trusted=made / "trusted")
+    assert not found.same and len(loads) <= 1 and "its weights are not looked at" in " ".join(found.notes)
+    assert "not looked at" not in " ".join(first_difference(a, b).notes)
+
+
+def test_a_deep_look_builds_nothing_that_nobody_signed(made: Path, run: Path, loads: list[str]) -> None:
+    unsigned(made, run, "epoch-0003")
+    assert not verify_run(run, deep=True, trusted=made / "trusted") and len(loads) == 2
+    loads.clear()
+    assert verify_run(run, deep=True, trusted=made / "nobody") and len(loads) == 3
+
+
+# ---- afterwards
+
+def test_an_unsigned_run_can_be_signed_and_then_agrees(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(made / "plain", tmp_path / "run"))
+    words = ["keys", "sign", str(run), "--key", str(made / "mine.pem")]
+    assert main(words) == 0 and capsys.readouterr().out.count("\nsigned: ") == 2
+    report = verify_run(run, deep=True, trusted=made / "trusted")
+    assert report and all(c["signed_by"] for c in report.checkpoints)
+    before = {p: p.read_bytes() for p in run.rglob(SIGNATURE)}
+    assert len(before) == 3 and main(words) == 0 and {p: p.read_bytes() for p in run.rglob(SIGNATURE)} == before
+    resumed = train(str(run), epochs=4, checkpoint_trusted_keys=str(made / "trusted"))
+    assert resumed["resumed_from_epoch"] == 3 and not resumed["resume_meta"]["problems"]
+    assert main([*words[:3], "--key", str(made / "other.pem")]) == 6  # another's signature is never replaced
+    assert {p: p.read_bytes() for p in run.rglob(SIGNATURE)} == before
+
+
+def broken_weights(run: Path) -> None:
+    file = run / "epoch-0002/checkpoint.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def other_place(run: Path) -> None:
+    shutil.rmtree(run / "epoch-0002")
+    shutil.copytree(run / "epoch-0001", run / "epoch-0002")
+    file = run / "epoch-0002/metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"epoch": 2}))
+
+
+def no_run_id(run: Path) -> None:
+    (run / "config.resolved.json").unlink()
+
+
+def stray(run: Path) -> None:
+    (run / "epoch-0002/model.safetensors").write_bytes(b"other weights")
+
+
+@pytest.mark.parametrize(("harm", "said"), [(broken_weights, "was recorded"), (other_place, "belongs to another place"),
+                                            (no_run_id, "which run this is"), (stray, "lies among the files")])
+def test_what_does_not_hold_is_not_signed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None],
+                                          said: str) -> None:
+    run = Path(shutil.copytree(made / "plain", tmp_path / "run"))
+    harm(run)
+    assert main(["keys", "sign", str(run), "--key", str(made / "mine.pem")]) == 6
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not list(run.rglob(SIGNATURE))
+
+
+def test_nothing_to_sign(made: Path, tmp_path: Path) -> None:
+    assert main(["keys", "sign", str(tmp_path / "nowhere"), "--key", str(made / "mine.pem")]) == 2
+    assert main(["keys", "sign", str(made / "plain"), "--key", str(tmp_path / "nowhere.pem")]) == 2
 
 
 # ---- every byte

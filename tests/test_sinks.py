@@ -102,7 +102,8 @@ def test_a_metrics_file_that_cannot_be_opened(tmp_path, caplog):
 
 
 def test_a_full_disk_is_counted_for_each_record(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING), open_sinks(TrainConfig(metrics_out="/dev/full", system_metrics_interval=0), tmp_path, "r") as sinks:
+    config = TrainConfig(metrics_out="/dev/full", system_metrics_interval=0)
+    with caplog.at_level(logging.WARNING), open_sinks(config, tmp_path, "r") as sinks:
         for step in range(5):
             sinks.log(step, "train", {"loss": 1.0, "lr": 0.1})
     assert sinks.errors == {"ndjson": 10} and len(caplog.records) == 1

@@ -23,7 +23,7 @@ from rich.cells import cell_len
 
 from codex_ml.telemetry.frame import Frame
 from codex_ml.telemetry.ndjson import NdjsonWriter
-from codex_ml.telemetry.record import event_record, scalar_record, snapshot_record
+from codex_ml.telemetry.record import event_record, scalar_record, snapshot_record, structured_records
 from codex_ml.telemetry.runs import RunView, open_run
 from codex_ml.telemetry.watch import Screen, watch
 
@@ -326,3 +326,42 @@ def test_colours_unless_they_are_not_wanted(tmp_path: Path) -> None:
 def test_a_dumb_terminal_gets_one_frame(tmp_path: Path) -> None:
     with terminal(rich_run(tmp_path), TERM="dumb") as tty:
         assert tty.end() == 0 and b"\x1b" not in tty.seen and b"epoch-0002" in tty.seen
+
+
+# ---- a run that is over
+
+def clock(minute: int) -> str:
+    return f"2026-11-24T{8 + minute // 60:02}:{minute % 60:02}:00.000000Z"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_wall_time_is_that_of_the_training(tmp_path: Path, killed: bool) -> None:
+    """Two sessions, of 3 and 2 minutes; an evaluation in the same stream an hour later belongs to none of them."""
+    records = [event_record("run", 0, "run_start", data={"epochs": 1, "steps_per_epoch": 4}, timestamp=clock(0)),
+               scalar_record("run", 2, "train", "loss", 1.0, timestamp=clock(1)),
+               scalar_record("run", 2, "validation", "val_loss", 1.0, timestamp=clock(2)),
+               snapshot_record("run", 2, {"system.cpu.utilization": 0.5}, clock(3)),
+               event_record("run", 2, "run_start", data={"epochs": 1, "steps_per_epoch": 4}, timestamp=clock(30)),
+               scalar_record("run", 4, "train", "loss", 0.5, timestamp=clock(31 + killed))]
+    records += [] if killed else [event_record("run", 4, "run_end", data={"status": "completed"}, timestamp=clock(32))]
+    records += [scalar_record("run", 4, "test", "accuracy", 0.9, "wiki", {"phase": "eval"}, clock(92)),
+                *structured_records("run", 4, "test", "confusion", "confusion_matrix", {"counts": [[1]]}, timestamp=clock(93))]
+    if not killed:  # whatever comes after its end
+        records += [scalar_record("run", 4, "train", "loss", 0.4, timestamp=clock(95)), event_record("run", 4, "x", timestamp=clock(96))]
+    view = open_run(write(tmp_path / "run", *records))
+    assert view.history.wall_time == 300 and view.history.ended - view.history.stretches[0].began > 5500
+    assert "5:00 in all" in "\n".join(Frame(100, 24).draw(view))
+    view.close()
+
+
+@pytest.mark.parametrize("width", [30, 80, 120, 200])
+def test_a_run_that_is_over_has_nothing_to_wait_for(tmp_path: Path, width: int) -> None:
+    view = open_run(write(tmp_path / "run", event_record("run", 0, "x", timestamp=clock(0))))
+    view.events.clear()
+    for status in ("running", "finished", "interrupted", "failed", "died", "unfinished"):
+        view.status = status
+        text = "\n".join(Frame(width, 30).draw(view))
+        assert ("yet" in text) == (status == "running") and "(yet)" not in text, status
+        if width == 200:
+            assert all(f"no {what}" in text for what in ("values", "snapshots", "checkpoints", "events"))
+    view.close()

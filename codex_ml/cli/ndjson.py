@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check', 'validate', 'shown', 'wanted', 'tail', 'Merged', 'merge', 'parser', 'main']
 
-# %% ../../nbs/91_cli_ndjson.ipynb #dd5dfbf7
+# %% ../../nbs/91_cli_ndjson.ipynb #6b410757
 import argparse
 import gzip
 import heapq
@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..durable import StorageError, write_atomic
+from ..secrets import print_redacted, redact
 from ..telemetry.ndjson import NdjsonReader
 from ..telemetry.record import EVENT, MANIFEST, SCHEMA, SNAPSHOT, manifest_name
 from ..telemetry.schema import problems
 from ..telemetry.segments import find_streams, segments, stream_files
+from ..telemetry.skipped import Skipped, printable
+from ..words import Parser
 
-# %% ../../nbs/91_cli_ndjson.ipynb #07d2811d
+# %% ../../nbs/91_cli_ndjson.ipynb #39396019
 def check(stream: Path, found: Callable[[str], Any]) -> tuple[int, int]:
     "Call `found` with each finding, as `path:line: reason`. Returns how many records the stream has, and how many were cut short."
     reader, count = NdjsonReader(stream, on_bad=found), 0
@@ -55,7 +58,7 @@ def validate(places: list[Path], limit: int = 100) -> int:
         def found(finding: str, before: int = before) -> None:
             totals["findings"] += 1
             if totals["findings"] - before <= limit:
-                print(_printable(finding))
+                print(printable(redact(finding)))
 
         records, torn = check(stream, found)
         totals.update(records=records, torn=torn)
@@ -79,12 +82,7 @@ def _streams(places: list[Path]) -> list[Path]:
         found.update(dict.fromkeys(streams))
     return list(found)
 
-
-def _printable(text: str) -> str:
-    "Names come from anywhere: none of them steers the terminal."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-# %% ../../nbs/91_cli_ndjson.ipynb #75138583
+# %% ../../nbs/91_cli_ndjson.ipynb #6c5f0bf8
 def shown(record: dict[str, Any], metric: str = "*") -> str:
     "A record as a line for a person; of a snapshot, the numbers whose name matches `metric`."
     kind = record.get("$schema")
@@ -101,7 +99,7 @@ def shown(record: dict[str, Any], metric: str = "*") -> str:
     else:
         where, what = str(record.get("split", "")), _pairs(_numbers(record))
     time = str(record.get("timestamp", ""))[:19].replace("T", " ")
-    return _printable(f"{time}  {record.get('step', '')!s:>8}  {where:<10}  {what}").rstrip()
+    return printable(f"{time}  {record.get('step', '')!s:>8}  {where:<10}  {what}").rstrip()
 
 
 def _value(value: Any) -> str:
@@ -134,19 +132,23 @@ def tail(place: Path, count: int, metric: str | None, split: str | None, follow:
     streams = [usual] if stream_files(usual) else _streams([place])
     if len(streams) > 1:
         raise ValueError(f"{place} has {len(streams)} streams, name one of them: {', '.join(map(str, streams[:9]))}")
-    reader, keep = NdjsonReader(streams[0], on_bad=_left_out), wanted(metric, split)
-    for record in reader.tail(count, keep):
-        print(shown(record, metric or "*"), flush=follow)
+    keep = wanted(metric, split)
+    with Skipped() as skipped:
+        reader = NdjsonReader(streams[0], on_bad=skipped)
+        for record in reader.tail(count, keep):
+            print(shown(record, metric or "*"), flush=follow)
+    reader.on_bad = _at_once
     for record in reader.follow() if follow else ():
         if keep(record):
             print(shown(record, metric or "*"), flush=True)
     return 0
 
 
-def _left_out(reason: str) -> None:
-    print(_printable(f"codex-ndjson: left out {reason}"), file=sys.stderr)
+def _at_once(reason: str) -> None:
+    with Skipped() as skipped:
+        skipped(reason)
 
-# %% ../../nbs/91_cli_ndjson.ipynb #fcd68cf6
+# %% ../../nbs/91_cli_ndjson.ipynb #85e52fbf
 class Merged(NamedTuple):
     "What a merge came to. `bad`: how many lines are not in it, since they hold no record."
     lines: int
@@ -193,15 +195,16 @@ def _timed(reader: NdjsonReader) -> Iterator[tuple[str, bytes]]:
 
 
 def _merge(places: list[Path], out: Path) -> int:
-    done = merge(_streams(places), out, on_bad=_left_out)
+    with Skipped() as skipped:
+        done = merge(_streams(places), out, on_bad=skipped)
     notes = [f"{_count(done.doubles, 'double')} left out" if done.doubles else "", f"{done.torn} cut short" if done.torn else ""]
     print(", ".join([f"{out}: {_count(done.lines, 'record')}", *filter(None, notes)]))
     return 6 if done.bad else 0
 
-# %% ../../nbs/91_cli_ndjson.ipynb #35f7d127
+# %% ../../nbs/91_cli_ndjson.ipynb #64809c96
 def parser() -> argparse.ArgumentParser:
     "The words that the command takes."
-    top = argparse.ArgumentParser(prog="codex-ndjson", description=(
+    top = Parser(prog="codex-ndjson", description=(
         "Look at streams of telemetry records, join them, check them. A stream is a file such as .codex/metrics.ndjson, with what was cut "
         "off it; a folder stands for all streams under it."))
     commands = top.add_subparsers(dest="command", required=True, metavar="validate|tail|merge|summarize")
@@ -221,9 +224,10 @@ def parser() -> argparse.ArgumentParser:
     join.add_argument("places", nargs="+", type=Path, metavar="FILE|DIR")
     join.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="the file to write, compressed where it ends in .gz")
 
-    table = add("summarize", "one row for each run, split, metric and dataset: count, first, last, min, max, mean")
+    table = add("summarize", "one row for each run, split, metric and dataset: count, first, last, min, max, mean; exit 6 where lines "
+                "could not be read")
     table.add_argument("--input", dest="inputs", nargs="+", action="extend", type=Path, required=True, metavar="DIR|FILE")
-    table.add_argument("--output", choices=["csv", "parquet", "json", "table"], default="table", help="the form (table)")
+    table.add_argument("--output", choices=["csv", "parquet", "json", "table"], help="else what the ending of --dest says, else table")
     table.add_argument("--dest", type=Path, metavar="PATH", help="the file to write; else it is printed")
     return top
 
@@ -255,6 +259,9 @@ def main(words: list[str] | None = None) -> int:
         return _failed(error, 5)
     except (ValueError, ImportError) as error:
         return _failed(error, 2)
+    except Exception as error:  # nobody expected it, so all of it is shown, but for secrets
+        print_redacted(error, sys.stderr.write)
+        return 1
 
 
 def _do(given: argparse.Namespace) -> int:
@@ -266,12 +273,11 @@ def _do(given: argparse.Namespace) -> int:
         return _merge(given.places, given.out)
     from codex_ml.telemetry.summary import summarize_to
 
-    summarize_to(given.inputs, given.output, given.dest)
-    return 0
+    return 6 if summarize_to(given.inputs, given.output, given.dest) else 0
 
 
 def _failed(error: object, code: int) -> int:
-    print(_printable(f"codex-ndjson: {error}"), file=sys.stderr)
+    print(printable(f"codex-ndjson: {redact(str(error))}"), file=sys.stderr)
     return code
 
 # %% ../../nbs/91_cli_ndjson.ipynb #25291da0

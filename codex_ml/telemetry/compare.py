@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['FORMS', 'run_names', 'UnknownMetric', 'choose_metrics', 'differing', 'same_bits', 'compare_runs', 'compare']
 
-# %% ../../nbs/73_compare.ipynb #179ee650
+# %% ../../nbs/73_compare.ipynb #2a0cf035
 import difflib
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..durable import StorageError, write_atomic
+from ..secrets import Redactor, is_secret_name, redact
 from .charts import Curve
 from .display import duration, rate_text
 from .frame import metric_name, trouble_lines
@@ -24,6 +24,7 @@ from .history import Key
 from .page import Figure, Report, Table, Words, as_html, as_markdown, as_text, letter
 from .runs import NoRun, RunView
 from .series import Series, highest_is_best
+from ..words import choose_form
 
 # %% ../../nbs/73_compare.ipynb #a3f88c0c
 def run_names(views: Sequence[RunView]) -> list[str]:
@@ -107,18 +108,19 @@ def _metrics(views: Sequence[RunView], keys: Sequence[Key]) -> Table:
             add(f"{name}, best", [s.best(highest) for s in courses], highest, True)
     return Table("metrics", rows, frozenset(best))
 
-# %% ../../nbs/73_compare.ipynb #a5bf2183
+# %% ../../nbs/73_compare.ipynb #cf238763
 _PLACES = {"checkpoint.dir", "checkpoint.resume", "metrics_out", "progress"}  # differ from run to run and mean nothing
 
 
 def differing(trees: Sequence[Mapping[str, Any]], leave_out: Iterable[str] = ()) -> list[tuple[str, list[str]]]:
     "The keys whose values are not the same in all that have something to tell, with the value in each."
-    told = [tree for tree in trees if tree]
+    told, redactor = [tree for tree in trees if tree], Redactor()
     rows = []
     for key in sorted({k for tree in told for k in tree} - {*leave_out}):
         values = [tree.get(key, ...) for tree in told]
         if any(type(v) is not type(values[0]) or v != values[0] for v in values):
-            rows.append((key, ["–" if key not in tree else _value(tree[key]) for tree in trees]))
+            secret = key if is_secret_name(key) else ""  # that it differs is told, what it is not
+            rows.append((key, ["–" if key not in tree else _value(redactor(tree[key], secret)) for tree in trees]))
     return rows
 
 
@@ -191,32 +193,32 @@ def _notes(view: RunView) -> list[str]:
         told.append("long curves are thinned; last and best values are exact")
     return told
 
-# %% ../../nbs/73_compare.ipynb #80950b14
-FORMS = {"text": "", "markdown": ".md", "html": ".html"}
+# %% ../../nbs/73_compare.ipynb #b2a9bbea
+FORMS = {"text": (".txt",), "markdown": (".md",), "html": (".html",)}  # with the endings of their files
 
 
 def compare(paths: Sequence[str | os.PathLike], *, output: str | None = None, dest: str | os.PathLike | None = None,
             metrics: Iterable[str] | None = None) -> int:
     """Compare the runs at `paths`; write the report to `dest`, else to standard output.
 
-    `output` is text, markdown or html (None: what the name of `dest` says, else text). Returns the exit code: 0; 2 for a path, metric or
-    form that cannot be; 5 where `dest` cannot be written; each with a message on standard error.
+    `output` is text, markdown or html (None: what the ending of `dest` says, else text). Returns the exit code: 0; 2 for a path, metric or
+    form that cannot be; 5 where `dest` cannot be written; each with a message on standard error, as lines are that could not be read.
     """
-    suffix = Path(dest).suffix.lower() if dest else ""
-    form = output or next((form for form, ending in FORMS.items() if ending and ending == suffix), "text")
     views: list[RunView] = []
     try:
-        if form not in FORMS or not paths:
-            raise ValueError(f"there is no output {form!r}: it is one of {', '.join(FORMS)}" if paths else "name the runs to compare")
+        form = choose_form(output, dest, FORMS)
+        if not paths:
+            raise ValueError("name the runs to compare")
         for path in paths:
             views.append(RunView(path, most_points=max(50_000, 2_000_000 // len(paths))))
             views[-1].refresh()
+            views[-1].skipped.tell()
         report = compare_runs(views, metrics)
         width = shutil.get_terminal_size((100, 24)).columns
         text = {"text": lambda: as_text(report, width), "markdown": lambda: as_markdown(report), "html": lambda: as_html(report)}[form]()
         return _deliver(text, dest)
     except (NoRun, UnknownMetric, StorageError, ValueError) as error:
-        print(f"codex-ml compare: {error}", file=sys.stderr)
+        print(f"codex-ml compare: {redact(str(error))}", file=sys.stderr)
         return 5 if isinstance(error, StorageError) else 2
     finally:
         for view in views:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Points', 'COLUMNS', 'TARGETS', 'ExportError', 'Settled', 'numbers', 'Target', 'Report', 'export_run', 'compare']
 
-# %% ../../nbs/80_export.ipynb #ce4ccbb4
+# %% ../../nbs/80_export.ipynb #45c9bf6c
 import csv
 import io
 import json
@@ -28,8 +28,9 @@ from .runs import find_run
 from .segments import never_over
 from .series import Series
 from .shapes import import_polars
+from .skipped import Skipped
 
-# %% ../../nbs/80_export.ipynb #01bfeefd
+# %% ../../nbs/80_export.ipynb #7af65e80
 Points = dict[str, list[tuple[int, float]]]  # by curve: (step, value), in order
 
 
@@ -37,16 +38,32 @@ class ExportError(RuntimeError):
     "The run cannot be written to that target."
 
 
+_PARTS = {SCHEMA: ("split", "metric", "value", "dataset", "tags"), EVENT: ("event", "severity", "data")}
+
+
+def _records(path: Path, on_bad: Callable[[str], Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    "The records that have what a record has, each with its place among all."
+    for place, (line, record) in enumerate(NdjsonReader(path, on_bad=on_bad).entries()):
+        needed = ("$schema", "timestamp", "run_id", "step", *_PARTS.get(str(record.get("$schema")), ()))
+        if lacking := [name for name in needed if name not in record]:
+            on_bad(f"{line}: it has no {lacking[0]}")
+        elif type(record["step"]) is not int or not isinstance(record["run_id"], str):
+            on_bad(f"{line}: its step is {record['step']!r:.40}, its run_id {record['run_id']!r:.40}")
+        else:
+            yield place, record
+
+
 class Settled:
     """The records of one run in a stream of metrics, without those that later ones replaced. Iterate it, as often as you like.
 
-    Without `run_id` it is the run that began last. `ExportError` where the stream has none, or not that one.
+    Without `run_id` it is the run that began last. `ExportError` where the stream has none, or not that one. `on_bad` hears of lines that
+    hold no record, `path:line: why`, once; without it there is one warning.
     """
 
-    def __init__(self, path: str | os.PathLike, run_id: str | None = None):
+    def __init__(self, path: str | os.PathLike, run_id: str | None = None, on_bad: Callable[[str], Any] | None = None):
         self.path, self.run_id, self.replaced = Path(path), run_id, set[int]()
-        seen, asked = set[str](), run_id
-        for place, record in enumerate(NdjsonReader(path)):
+        seen, asked, untold = set[str](), run_id, Skipped()
+        for place, record in _records(self.path, on_bad or untold):
             if record["run_id"] not in seen:
                 seen.add(record["run_id"])
                 if asked is None:
@@ -56,6 +73,7 @@ class Settled:
                     self._curves, self._snapshots = {}, []
             if record["run_id"] == self.run_id:
                 self._take(place, record)
+        untold.warn()
         if self.run_id not in seen:
             raise ExportError(f"{self.path} has no records" + (f" of the run {run_id}; it has {', '.join(sorted(seen))}" if run_id else ""))
 
@@ -77,7 +95,7 @@ class Settled:
             self._snapshots = [(s, p) for s, p in self._snapshots if s <= step]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for place, record in enumerate(NdjsonReader(self.path)):
+        for place, record in _records(self.path, Skipped()):
             if record["run_id"] == self.run_id and place not in self.replaced:
                 yield record
 
@@ -214,7 +232,7 @@ def _to_file(records: Settled, dest: Path, write: Callable[[Iterable[tuple[Any, 
     dest.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(dest, lambda file: write(_rows(records), file))
 
-# %% ../../nbs/80_export.ipynb #de025141
+# %% ../../nbs/80_export.ipynb #01647a3f
 @dataclass(frozen=True)
 class Report:
     "What an export did. `checked`: numbers that were read back, None without a check; `differences`: the first hundred of `different`."
@@ -243,11 +261,11 @@ class Report:
 
 
 def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None = None, check: bool = False,
-               run_id: str | None = None) -> Report:
+               run_id: str | None = None, on_bad: Callable[[str], Any] | None = None) -> Report:
     """Write the numbers of a run to a target: tensorboard, wandb, mlflow, csv or parquet; with `check`, read them back and compare.
 
     `run`: its folder or its file of metrics. `dest`: a folder, or the file for csv and parquet; by default under `export` in the run's
-    folder, and for mlflow the store of the working folder, where `make mlflow-ui` looks.
+    folder, and for mlflow the store of the working folder, where `make mlflow-ui` looks. `on_bad`: as `Settled` has it.
 
     Raises `ValueError` for another target, `NoRun` where there is nothing to export, `ExportError` where the target's package is
     missing or the stream has no such run, `StorageError`.
@@ -257,7 +275,7 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     folder, metrics = find_run(run)
     if metrics is None or not metrics.exists():
         raise ExportError(f"{folder} has no metrics to export: it was run with metrics_out=null, or has not begun")
-    target, records = TARGETS[to], Settled(metrics, run_id)
+    target, records = TARGETS[to], Settled(metrics, run_id, on_bad)
     place = Path(dest) if dest is not None else (Path() if target.shared else folder)/target.dest
     never_over(place, [metrics])
     if place.is_file() and folder in place.parents and "export" not in place.relative_to(folder).parts:

@@ -57,7 +57,7 @@ def progress(view: RunView, now: float) -> tuple[list[str], list[str]]:
         pace.append(f"last record {duration(now - view.history.ended)} ago")
     return place, [part for part in pace if part]
 
-# %% ../../nbs/70_frame.ipynb #2ef889c3
+# %% ../../nbs/70_frame.ipynb #20c53f07
 Lines = list[tuple[str, str]]  # text, style
 
 
@@ -94,7 +94,11 @@ def system_lines(view: RunView, width: int, unicode: bool) -> Lines:
         get = lambda name, i=i: snapshot.get(f"gpu_{i}_{name}")
         parts = [f"gpu {i}"] + [form(value) for name, form in _GPU if isinstance(value := get(name), (int, float))]
         lines.append(("  ".join(parts)[:width], ""))
-    return lines or [("no snapshots (yet)", "dim")]
+    return lines or _none("snapshots", view.status == "running")
+
+
+def _none(what: str, running: bool) -> Lines:
+    return [(f"no {what}{' yet' if running else ''}", "dim")]
 
 
 _GPU = (("util", lambda v: f"{v:.0%}"), ("mem_used", size_text), ("temp", lambda v: f"{v:.0f} °C"), ("power", lambda v: f"{v:.0f} W"))
@@ -106,7 +110,7 @@ def _course(series: Series, width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(v * 8)))] for v in values)
 
 
-def checkpoint_lines(checkpoints: Sequence[SavedCheckpoint], width: int, now: float) -> Lines:
+def checkpoint_lines(checkpoints: Sequence[SavedCheckpoint], width: int, running: bool = False) -> Lines:
     "The newest first: name, size, the start of the hash."
     lines: Lines = []
     for saved in checkpoints[::-1]:
@@ -116,7 +120,7 @@ def checkpoint_lines(checkpoints: Sequence[SavedCheckpoint], width: int, now: fl
         more = epoch + (f"  val {number(loss)}" if width >= 46 and isinstance(loss, float) else "")
         digest = (saved.sha256 or "cannot be read")[:max(6, min(12, width - len(head) - 1))]
         lines.append((f"{head} {digest}{more}", "" if saved.sha256 else "yellow"))
-    return lines or [("none (yet)", "dim")]
+    return lines or _none("checkpoints", running)
 
 
 _SEVERITY = {"warning": "yellow", "error": "bold red"}
@@ -133,7 +137,7 @@ def event_text(event: Mapping[str, Any]) -> str:
     return f"{name}: " + clean(data.get("message") or " ".join(f"{k}={v}" for k, v in plain.items()))
 
 
-def event_lines(events: Iterable[Mapping[str, Any]], width: int) -> Lines:
+def event_lines(events: Iterable[Mapping[str, Any]], width: int, running: bool = False) -> Lines:
     "The newest first, each in up to four lines, without the checkpoints, which have a panel of their own."
     lines: Lines = []
     for event in [e for e in events if e.get("event") != "checkpoint"][:-40:-1]:
@@ -141,7 +145,7 @@ def event_lines(events: Iterable[Mapping[str, Any]], width: int) -> Lines:
         folded = textwrap.wrap(event_text(event), max(10, width - 6), max_lines=4, placeholder=" …")
         style = _SEVERITY.get(str(event.get("severity")), "")
         lines += [(f"{at if i == 0 else '':5} {line}", style) for i, line in enumerate(folded)]
-    return lines or [("none (yet)", "dim")]
+    return lines or _none("events", running)
 
 
 def trouble_lines(view: RunView) -> list[str]:
@@ -155,7 +159,7 @@ def trouble_lines(view: RunView) -> list[str]:
         told.append("metrics are turned off (metrics_out=null); shown is what the checkpoints remember")
     return [clean(text) for text in told]
 
-# %% ../../nbs/70_frame.ipynb #e4febae0
+# %% ../../nbs/70_frame.ipynb #2104f751
 class WatchError(ImportError):
     "The view cannot be drawn here."
 
@@ -195,7 +199,7 @@ class Frame:
         middle = self.height - 2 - len(bottom) - below
         layout = self.rich.layout.Layout()
         layout.split_column(self._part(self._top(view, now), 2), self._part(self._curves(view, middle), middle),
-                            *([self._part(self._panels(view, below, now), below)] if below else []),
+                            *([self._part(self._panels(view, below), below)] if below else []),
                             *(self._part(line, 1) for line in bottom))
         self.console.print(layout, height=self.height, crop=True, end="")
         text = self.console.file.getvalue()
@@ -260,14 +264,15 @@ class Frame:
         rows = chart(curves, width - 2, height - 2, braille=self.unicode)
         style = lambda owner: "dim" if owner < 0 else _CURVES[owner]
         lines = [self._text(*((text, style(owner)) for text, owner in row)) for row in rows]
-        return self._panel(title or [(" no values (yet) ", "dim")], lines)
+        return self._panel(title or [(f" {_none('values', view.status == 'running')[0][0]} ", "dim")], lines)
 
-    def _panels(self, view: RunView, height: int, now: float) -> Any:
+    def _panels(self, view: RunView, height: int) -> Any:
         count = max(1, min(4, self.width // 26))
-        width = self.width // count - 2
+        width, running = self.width // count - 2, view.status == "running"
         metrics, system = metric_lines(view, width), system_lines(view, width, self.unicode)
         now_lines = metrics[:max(2, height - 2 - len(system))] + system
         panels = [("metrics", metrics), ("system", system)] if count == 4 else [("now", now_lines)]
-        panels += [("checkpoints", checkpoint_lines(view.checkpoints, width, now)), ("events", event_lines(view.events, width))]
+        panels += [("checkpoints", checkpoint_lines(view.checkpoints, width, running)),
+                   ("events", event_lines(view.events, width, running))]
         drawn = [self._panel([(f" {name} ", "dim")], map(self._text, lines[:height - 2])) for name, lines in panels[:count]]
         return self._row([(panel, width + 2) for panel in drawn[:-1]] + [(drawn[-1], self.width - (width + 2) * (count - 1))])

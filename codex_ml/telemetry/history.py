@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Key', 'Stretch', 'History', 'seconds']
 
-# %% ../../nbs/66_history.ipynb #530ca8b3
+# %% ../../nbs/66_history.ipynb #b3012a89
 import math
 import operator
 from bisect import bisect_left
@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .record import EVENT, SCHEMA, SNAPSHOT
+from .record import EVENT, MANIFEST, SAMPLE, SCHEMA, SNAPSHOT
 from .series import Series
 
-# %% ../../nbs/66_history.ipynb #6248af8d
+# %% ../../nbs/66_history.ipynb #7b21aa9c
 Key = tuple[str, str, str | None]  # split, metric, dataset
 _HEAD = {"$schema", "schema_version", "timestamp", "run_id", "step", "split"}
 
@@ -31,6 +31,7 @@ class Stretch:
     ended: float
     first: int
     last: int
+    over: bool = False  # it said that it ended: what comes later in its stream was written by others
 
 
 @dataclass
@@ -47,14 +48,17 @@ class History:
     hashes: dict[str, str] = field(default_factory=dict)  # of checkpoints, by name, also of those that are gone
     stretches: list[Stretch] = field(default_factory=list)
     superseded: int = 0  # points whose step was measured again
+    ended: float = 0.0  # the time of the last record, in seconds since 1970; 0 where there is none
 
     def take(self, record: Mapping[str, Any]) -> None:
         "Take a record in. `KeyError`, `TypeError`, `ValueError` or `OverflowError` where it is not what its schema says."
         when, step, schema = seconds(record["timestamp"]), operator.index(record["step"]), record["$schema"]
         if not self.stretches or (schema == EVENT and record["event"] == "run_start"):
             self.stretches.append(Stretch(when, when, step, step))
-        stretch = self.stretches[-1]
-        stretch.ended = max(stretch.ended, when)
+        stretch, self.ended = self.stretches[-1], max(self.ended, when)
+        judged = schema in (SCHEMA, MANIFEST, SAMPLE) and record.get("split") != "train"  # perhaps by an evaluation, much later
+        if not stretch.over and not judged:
+            stretch.ended = max(stretch.ended, when)
         if schema == SCHEMA:
             if not isinstance(record["value"], (int, float)):  # a text, or a row that points to a manifest
                 return
@@ -78,7 +82,7 @@ class History:
             self.start, self.started, self.end = dict(data), True, None
             self.superseded += sum(series.cut(step) for series in self.series.values())
         elif name == "run_end":
-            self.end = dict(data)
+            self.end, self.stretches[-1].over = dict(data), True
         elif name == "checkpoint" and isinstance(data.get("sha256"), str):
             self.hashes[Path(str(data.get("path"))).name] = data["sha256"]
 
@@ -89,13 +93,8 @@ class History:
         return max([*known, *(s.first for s in self.stretches[-1:])], default=0)
 
     @property
-    def ended(self) -> float:
-        "The time of the last record, in seconds since 1970; 0 where there is none."
-        return max((s.ended for s in self.stretches), default=0.0)
-
-    @property
     def wall_time(self) -> float:
-        "Seconds in which it ran, all its processes together."
+        "Seconds in which it was trained, all its processes together: from the start of each to its end, or to the last that it told."
         return sum(s.ended - s.began for s in self.stretches)
 
     def speed(self, seconds: float = math.inf) -> float | None:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PAGE', 'serve', 'served_metrics', 'smoke', 'ui', 'main']
 
-# %% ../../nbs/81_mlflow_ui.ipynb #e6958054
-import argparse
+# %% ../../nbs/81_mlflow_ui.ipynb #f34775f8
 import contextlib
 import json
 import math
@@ -23,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..secrets import redact
 from .mlflow import RUN_TAG, MlflowSink, store_uri
 from .record import event_record, scalar_record
+from ..words import Parser
 
 # %% ../../nbs/81_mlflow_ui.ipynb #2425ae39
 def _free_port(wanted: int = 0) -> int:
@@ -127,7 +128,7 @@ def smoke() -> int:
           f"{'a process is left' if left else 'no process is left'}; {time.monotonic() - begun:.1f} s")
     return 0 if found == logged and not left else 1
 
-# %% ../../nbs/81_mlflow_ui.ipynb #39a79ead
+# %% ../../nbs/81_mlflow_ui.ipynb #63486231
 PAGE = "#/experiments?workflowType=machine_learning"  # without it the pages are those for language model applications
 
 
@@ -148,7 +149,7 @@ def ui(folder: str | os.PathLike = ".codex/mlflow", port: int = 0) -> int:
         print("\nstopped", flush=True)
         return 0
     except (OSError, RuntimeError) as error:
-        print(f"codex_ml: {error}", file=sys.stderr)
+        print(f"codex_ml: {redact(str(error))}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -156,7 +157,7 @@ def ui(folder: str | os.PathLike = ".codex/mlflow", port: int = 0) -> int:
 
 def main(words: list[str] | None = None) -> int:
     "`python -m codex_ml.telemetry.mlflow_ui [ui|smoke] [--dir FOLDER] [--port N]`"
-    parser = argparse.ArgumentParser(prog="python -m codex_ml.telemetry.mlflow_ui", description="MLflow's pages, on this machine only")
+    parser = Parser(prog="python -m codex_ml.telemetry.mlflow_ui", description="MLflow's pages, on this machine only")
     parser.add_argument("what", nargs="?", choices=("ui", "smoke"), default="ui", help="serve the pages, or prove that they work here")
     parser.add_argument("--dir", default=".codex/mlflow", help="the folder of the store (mlflow_dir of the runs)")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['NdjsonWriter', 'NdjsonReader', 'is_torn', 'read_ndjson']
 
-# %% ../../nbs/34_ndjson.ipynb #6fe5b23e
+# %% ../../nbs/34_ndjson.ipynb #2702c5ee
 import errno
 import os
 import re
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any
 from .appender import Appender
 from .record import decode, encode
 from .segments import Line, Lines, pack, segments
+from .skipped import Skipped
 
 # %% ../../nbs/34_ndjson.ipynb #bc784ef1
 class NdjsonWriter:
@@ -136,15 +136,16 @@ def _sync_and_close(fd: int) -> OSError | None:
             os.close(fd)
     return None
 
-# %% ../../nbs/34_ndjson.ipynb #b98e1e76
+# %% ../../nbs/34_ndjson.ipynb #3faa6e74
 class NdjsonReader:
     """The records of a stream, in order. Iterate it; then `torn` counts the records that were cut short, `skipped` the other lines that
-    hold none, and `bad` lists the first thousand of these, as `path:line: reason`. Each is also told at once: to `on_bad`, else in a
-    warning. With `strict` it raises `ValueError`."""
+    hold none, and `bad` lists the first thousand of these, as `path:line: reason`. `on_bad` is told each at once; without it one warning
+    tells of all, when the reading ends. With `strict` it raises `ValueError`."""
 
     def __init__(self, path: str | os.PathLike, strict: bool = False, on_bad: Callable[[str], Any] | None = None):
         self.path, self.strict, self.on_bad = Path(path), strict, on_bad
         self.torn, self.skipped, self.bad = 0, 0, []
+        self._untold = Skipped()
         self._lines: Lines | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -152,7 +153,7 @@ class NdjsonReader:
 
     def entries(self) -> Iterator[tuple[Line, dict[str, Any]]]:
         "All records from the first on, each with its line, which knows its place. `FileNotFoundError` where there is no such stream."
-        self.torn, self.skipped, self.bad = 0, 0, []
+        self._begin()
         lines = Lines(self.path)
         try:
             yield from self._decoded(lines)
@@ -160,6 +161,7 @@ class NdjsonReader:
                 yield from self._decoded([lines.last()])
         finally:
             lines.close()
+            self._tell()
 
     def new(self) -> Iterator[dict[str, Any]]:
         "The records that were added since the last call, from the first on in the first call. A line that is not finished comes later."
@@ -167,6 +169,7 @@ class NdjsonReader:
             self._lines = Lines(self.path)
         for _, record in self._decoded(self._lines):
             yield record
+        self._tell()
 
     def follow(self, poll: float = 0.2, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
         "What `new` gives, and then what is added, looked for every `poll` seconds, until `stop()` is true."
@@ -182,13 +185,20 @@ class NdjsonReader:
         size = self.path.stat().st_size if self.path.exists() else 0
         windows = [1 << n for n in range(18, 60, 3) if 1 << n < size] + [size] * bool(size and segments(self.path)) + [None]
         found: deque[dict[str, Any]] = deque(maxlen=count)
+        on_bad, self.on_bad = self.on_bad, None  # told at the end, since a larger window has the same lines again
         for window in windows:  # ever larger ends of the file, the file, the stream
-            self.torn, self.skipped, self.bad = 0, 0, []
+            self._begin()
             self.close()
             self._lines = Lines(self.path, last_bytes=window)
-            found = deque((record for record in self.new() if keep(record)), maxlen=count)
+            found = deque((record for _, record in self._decoded(self._lines) if keep(record)), maxlen=count)
             if len(found) == count:
                 break
+        self.on_bad = on_bad
+        if on_bad:
+            self._untold = Skipped()
+            for reason in self.bad:
+                on_bad(reason)
+        self._tell()
         return list(found)
 
     def close(self) -> None:
@@ -196,6 +206,14 @@ class NdjsonReader:
         if self._lines:
             self._lines.close()
         self._lines = None
+
+    def _begin(self) -> None:
+        self.torn, self.skipped, self.bad, self._untold = 0, 0, [], Skipped()
+
+    def _tell(self) -> None:
+        "Warn of what `on_bad` was not there to be told."
+        untold, self._untold = self._untold, Skipped()
+        untold.warn()
 
     def _decoded(self, lines: Lines | list[Line]) -> Iterator[tuple[Line, dict[str, Any]]]:
         for line in lines:
@@ -220,10 +238,7 @@ class NdjsonReader:
             raise ValueError(f"{reason}. Repair or delete that line, or read on without it: strict=False") from error
         if len(self.bad) < 1000:
             self.bad.append(reason)
-        if self.on_bad:
-            self.on_bad(reason)
-        else:
-            warnings.warn(f"skipped {reason}", stacklevel=4)
+        (self.on_bad or self._untold)(reason)
 
 
 _string = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -235,7 +250,8 @@ def is_torn(line: bytes) -> bool:
     return line[:1] == b"{" and b"\0" not in line and (b'"' in outside or outside.count(b"{") > outside.count(b"}"))
 
 
-def read_ndjson(path: str | os.PathLike, strict: bool = False) -> tuple[list[dict[str, Any]], int]:
+def read_ndjson(path: str | os.PathLike, strict: bool = False,
+                on_bad: Callable[[str], Any] | None = None) -> tuple[list[dict[str, Any]], int]:
     "All records of a stream, and how many were cut short. Bad lines as `NdjsonReader` has them."
-    reader = NdjsonReader(path, strict)
+    reader = NdjsonReader(path, strict, on_bad)
     return list(reader), reader.torn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoRun', 'find_run', 'RunView', 'open_run']
 
-# %% ../../nbs/68_runs.ipynb #517fffbd
+# %% ../../nbs/68_runs.ipynb #97487078
 import errno
 import math
 import os
@@ -22,6 +22,7 @@ from .record import decode
 from .recorded import CHECKPOINT_NAME, LockProbe, SavedCheckpoint, flat, flat_config, read_or_nothing, saved_checkpoints
 from .segments import Line, Lines, stream_files
 from .series import Series
+from .skipped import Skipped, reason
 
 # %% ../../nbs/68_runs.ipynb #39531f2e
 class NoRun(ValueError):
@@ -58,7 +59,7 @@ def _runs_in(folder: Path) -> str:
         return f". Runs in {folder}: {', '.join(names[:8])}" if names else ""
     return ""
 
-# %% ../../nbs/68_runs.ipynb #a6e61d88
+# %% ../../nbs/68_runs.ipynb #9e27e51f
 class RunView:
     """A run as it looks now; `refresh` reads what is new.
 
@@ -74,9 +75,10 @@ class RunView:
         self.history, self.others = History(run_id), 0
         self.checkpoints: list[SavedCheckpoint] = []
         self.resolved: dict[str, Any] = {}
-        self.lines = self.unreadable = self._torn = 0
+        self.lines = self._torn = 0
+        self.skipped = Skipped()
         self.caught_up = True
-        self.first_unreadable = self.trouble = ""
+        self.trouble = ""
         self.status, self.held = "unfinished", None
         self._asked, self._seen = run_id, set()
         self._reader = Lines(self.metrics_path) if self.metrics_path else None
@@ -116,6 +118,15 @@ class RunView:
             self._reader.close()
 
     @property
+    def unreadable(self) -> int:
+        "Lines that hold no record, though nothing cut them short; `skipped` has their places."
+        return self.skipped.count
+
+    @property
+    def first_unreadable(self) -> str:
+        return self.skipped.first[0].removeprefix(f"{self.metrics_path.parent}/") if self.skipped.first and self.metrics_path else ""
+
+    @property
     def torn(self) -> int:
         "Lines that were cut short; the last one only if nobody is going to finish it."
         return self._torn + bool(self._reader and self._reader.rest and self.status != "running")
@@ -131,6 +142,8 @@ class RunView:
                     self.history.halve_longest()
                 if time.monotonic() > until:
                     return
+        while self._reader.broken:  # a segment that cannot be decompressed
+            self.skipped(self._reader.broken.pop(0))
         self.caught_up = True
 
     def _there(self) -> bool:
@@ -151,8 +164,7 @@ class RunView:
             if line.data.startswith(b"{") and not line.data.rstrip().endswith(b"}"):  # a kill in the middle of it
                 self._torn += 1
                 return
-            self.unreadable += 1
-            self.first_unreadable = self.first_unreadable or f"{line.path.name}:{line.number}: {type(error).__name__}: {error}"
+            self.skipped(f"{line}: {reason(error)}")
 
     def _turn_to(self, run_id: str) -> bool:
         "Whether records of this run count: of one that has not been seen before, unless another was asked for."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'COLUMNS', 'summarize', 'table', 'summarize_to']
 
-# %% ../../nbs/77_summary.ipynb #04c0ca9c
+# %% ../../nbs/77_summary.ipynb #3258c2eb
 import io
 import shutil
 import sys
@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import write_atomic
+from ..secrets import redact
 from .record import encode
 from .segments import find_streams, never_over
 from .shapes import import_polars
 from .tally import WORKERS, Tally, is_other, open_stream
+from ..words import choose_form
 
-# %% ../../nbs/77_summary.ipynb #407322f4
-def summarize(inputs: Sequence[Path], report: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> list[dict[str, Any]]:
+# %% ../../nbs/77_summary.ipynb #110f2c6f
+def _say(text: str) -> None:
+    print(redact(text), file=sys.stderr)
+
+
+def summarize(inputs: Sequence[Path], report: Callable[[str], None] = _say) -> list[dict[str, Any]]:
     """A row for each run, split, metric and dataset in the streams at `inputs` (files and folders), in the order of these names.
 
     `count`: points, of each step the last; of them `non_finite` are NaN or infinite, and `non_numeric` texts or structures. `first_*` and
@@ -30,6 +36,10 @@ def summarize(inputs: Sequence[Path], report: Callable[[str], None] = lambda tex
 
     `report` is told what was read and what could not be. `FileNotFoundError` where an input holds no stream, `ImportError` without polars.
     """
+    return _tally(inputs, report).rows()
+
+
+def _tally(inputs: Sequence[Path], report: Callable[[str], None]) -> Tally:
     read: set[Path] = set()
     with ThreadPoolExecutor(WORKERS) as pool:
         tally = Tally(pool)
@@ -41,11 +51,9 @@ def summarize(inputs: Sequence[Path], report: Callable[[str], None] = lambda tex
                 read.add(path.resolve())
     torn = f", {tally.torn:,} more cut short by a kill or a full disk" if tally.torn else ""
     report(f"{tally.records:,} records in {len(read):,} file{'s' * (len(read) != 1)}{torn}")
-    for line in tally.bad:
-        report(f"skipped {line}")
-    if tally.skipped > len(tally.bad):
-        report(f"skipped {tally.skipped - len(tally.bad):,} more such lines: codex-ndjson validate tells them all")
-    return tally.rows()
+    for line in tally.skipped.lines():
+        report(line)
+    return tally
 
 
 def _find(inputs: Sequence[Path], report: Callable[[str], None]) -> list[Path]:
@@ -103,27 +111,27 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
     note = [f"(no room for {', '.join(left_out)}: a wider window, or a file, has all)"] if left_out else []
     return "\n".join([line[:width] for line in lines] + note) + "\n"
 
-# %% ../../nbs/77_summary.ipynb #850d676a
-OUTPUTS = ("table", "csv", "json", "parquet")
+# %% ../../nbs/77_summary.ipynb #0a6f13aa
+OUTPUTS = {"table": (".txt", ".md"), "csv": (".csv",), "json": (".json",), "parquet": (".parquet",)}  # with the endings of their files
 _TEXTS = {"run_id", "split", "metric", "dataset", "first_time", "last_time", "first_phase", "last_phase"}
 _WHOLE = {"count", "non_finite", "non_numeric", "first_step", "last_step"}
 COLUMNS = ("run_id", "split", "metric", "dataset", "count", "non_finite", "non_numeric", "first_step", "last_step",
            "first_time", "last_time", "first", "last", "min", "max", "mean", "first_phase", "last_phase")
 
 
-def summarize_to(inputs: Sequence[Path], output: str = "table", dest: Path | None = None) -> None:
-    """Write the summary of `inputs` to the file `dest`, whole or not at all, or to standard output.
+def summarize_to(inputs: Sequence[Path], output: str | None = None, dest: Path | None = None) -> int:
+    """Write the summary of `inputs` to the file `dest`, whole or not at all, or to standard output; how many lines could not be read.
 
-    `output` is one of `OUTPUTS`. In JSON, NaN and infinities are the texts that they are in a stream. `ValueError` for an output that
-    there is not, and for Parquet without a file.
+    `output` is one of `OUTPUTS`; None: what the ending of `dest` says, else a table. In JSON, NaN and infinities are the texts that they
+    are in a stream. `ValueError` for an output that there is not, that contradicts that ending, and for Parquet without a file.
     """
-    if output not in OUTPUTS:
-        raise ValueError(f"there is no output {output!r}: choose {', '.join(OUTPUTS)}")
+    output = choose_form(output, dest, OUTPUTS)
     if output == "parquet" and dest is None:
         raise ValueError("Parquet is not text: name a file for it with --dest")
     if dest is not None:
         never_over(Path(dest), [stream for place in inputs for stream in find_streams(place)])
-    rows = summarize(inputs)
+    tally = _tally(inputs, _say)
+    rows = tally.rows()
     width = shutil.get_terminal_size().columns if dest is None and sys.stdout.isatty() else None
     data = {"table": lambda: table(rows, width), "csv": lambda: _frame(rows).write_csv(), "json": lambda: _json(rows),
             "parquet": lambda: _parquet(rows)}[output]()
@@ -131,6 +139,7 @@ def summarize_to(inputs: Sequence[Path], output: str = "table", dest: Path | Non
         sys.stdout.write(data)
     else:
         write_atomic(Path(dest), data)
+    return tally.skipped.count
 
 
 def _json(rows: list[dict[str, Any]]) -> str:

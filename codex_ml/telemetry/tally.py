@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORKERS', 'open_stream', 'chunks', 'is_other', 'Tally', 'mean']
 
-# %% ../../nbs/75_tally.ipynb #72ae201a
+# %% ../../nbs/75_tally.ipynb #f7e3e818
 import contextlib
 import gzip
 import json
@@ -24,6 +24,7 @@ from .ndjson import is_torn
 from .record import decode
 from .segments import LINE_LIMIT, stream_files
 from .shapes import Point, Series, cut_lines, import_polars, judge, points
+from .skipped import Skipped
 
 # %% ../../nbs/75_tally.ipynb #25af4ac9
 def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
@@ -74,20 +75,20 @@ def is_other(stream: Path) -> bool:
         for _, file in files:
             file.close()
 
-# %% ../../nbs/75_tally.ipynb #999be5ec
+# %% ../../nbs/75_tally.ipynb #67d6adb5
 WORKERS = 2  # pieces that are cut at a time; for each, polars takes all the cores it can use
 
 
 class Tally:
-    "Takes files in, in order; `pool` cuts their lines. Then `rows()`, and what was read: `records`, `torn`, `skipped`, the first `bad`."
+    "Takes files in, in order; `pool` cuts their lines. Then `rows()`, and what was read: `records`, `torn`, `skipped`."
 
     def __init__(self, pool: Executor):
         self.pl, self.pool = import_polars(), pool
         self.series: dict[Series, int] = {}
         self.shapes: dict[str, tuple[int, str] | None] = {}
         self.values, self.ends = [], []  # frames
-        self.lines = self.records = self.torn = self.skipped = 0
-        self.bad: list[str] = []
+        self.lines = self.records = self.torn = 0
+        self.skipped = Skipped()
 
     def read(self, path: Path, file: IO[bytes]) -> None:
         "Take a file in, as far as it can be read."
@@ -101,7 +102,7 @@ class Tally:
         while ahead:
             line += self._add(*ahead.popleft(), path, line)
         for error in broken:
-            self._skip(f"{path}:{line}: {error}")
+            self.skipped(f"{path}:{line}: {error}")
 
     def _add(self, piece: bytes, last: bytes, cut: Future[Any], path: Path, line: int) -> int:
         "Take a piece in, whose first line is number `line` of its file; the number of lines that it begins or holds."
@@ -153,12 +154,8 @@ class Tally:
             if is_torn(data):
                 self.torn += 1
             else:
-                self._skip(f"{path}:{line}: {error}")
+                self.skipped(f"{path}:{line}: {error}")
             return []
-
-    def _skip(self, reason: str) -> None:
-        self.skipped += 1
-        self.bad += [reason] * (len(self.bad) < 20)
 
     def _keep(self, found: Any, odd: list[tuple[int, Point]]) -> None:
         pl = self.pl

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Screen', 'watch']
 
-# %% ../../nbs/71_watch.ipynb #ad5323b0
+# %% ../../nbs/71_watch.ipynb #c8e67fc2
 import os
 import select
 import shutil
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from ..secrets import redact
 from .display import is_terminal
 from .frame import Frame, WatchError
 from .runs import NoRun, RunView
@@ -111,7 +112,7 @@ def _asked_to_leave(fd: int | None, seconds: float) -> bool:
                 return True
     return False
 
-# %% ../../nbs/71_watch.ipynb #587ff460
+# %% ../../nbs/71_watch.ipynb #1b228a28
 def _unicode(stream: Any) -> bool:
     return "utf" in (getattr(stream, "encoding", None) or "utf-8").lower()
 
@@ -156,7 +157,7 @@ def watch(path: str | os.PathLike, *, once: bool = False, keep: bool = False, re
         Frame(80, 24)  # is rich there?
         view = RunView(path)
     except (NoRun, WatchError) as error:
-        print(f"codex-ml watch: {error}", file=sys.stderr)
+        print(f"codex-ml watch: {redact(str(error))}", file=sys.stderr)
         return 2
     try:
         if once or not terminal:
@@ -170,6 +171,7 @@ def watch(path: str | os.PathLike, *, once: bool = False, keep: bool = False, re
     except BrokenPipeError:  # `| head` has seen enough
         _forget(place)
     finally:
+        view.skipped.tell()
         view.close()
     return 0
 

@@ -138,7 +138,7 @@ def write_baseline(path: str | os.PathLike, findings: Iterable[Finding]) -> None
     rows = [dict(zip(("path", "kind", "sha256"), known, strict=True)) for known in sorted({f.known_by for f in findings})]
     write_json(path, {"schema_version": "v1", "known": rows})
 
-# %% ../nbs/85_secret_scan.ipynb #e8913a78
+# %% ../nbs/85_secret_scan.ipynb #d27dccad
 def doctor(path: str, baseline: str | None = None, accept: bool = False) -> int:
     "Print file, line and kind of each secret below `path`. The exit code: 0 none, 6 some, 2 where there is nothing to look at."
     top = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -161,6 +161,7 @@ def doctor(path: str, baseline: str | None = None, accept: bool = False) -> int:
         return 0
     for finding in new:
         print(redact(str(finding)))  # a name can hold one too
-    print(f"{len(paths)} files, {len(new)} secrets" + (f", {len(found) - len(new)} known by {known_file}" if len(found) > len(new) else "")
-          + ("" if not new else ": take them out and have them revoked; `--accept` records those that are none"))
+    known = f", {len(found) - len(new)} known by {known_file}" if len(found) > len(new) else ""
+    todo = ": take them out and have them revoked; `--accept` records those that are none" if new else ""
+    print(f"{len(paths)} files, {len(new)} secret{'s'*(len(new) != 1)}{known}{todo}")
     return 6 if new else 0

@@ -80,6 +80,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'codex_ml.cli.ndjson.wanted': ('cli_ndjson.html#wanted', 'codex_ml/cli/ndjson.py')},
             'codex_ml.cli.train': { 'codex_ml.cli.train._exit_codes': ('cli_train.html#_exit_codes', 'codex_ml/cli/train.py'),
                                     'codex_ml.cli.train._failed': ('cli_train.html#_failed', 'codex_ml/cli/train.py'),
+                                    'codex_ml.cli.train._main': ('cli_train.html#_main', 'codex_ml/cli/train.py'),
+                                    'codex_ml.cli.train._noted_interrupts': ('cli_train.html#_noted_interrupts', 'codex_ml/cli/train.py'),
                                     'codex_ml.cli.train._sample': ('cli_train.html#_sample', 'codex_ml/cli/train.py'),
                                     'codex_ml.cli.train._train': ('cli_train.html#_train', 'codex_ml/cli/train.py'),
                                     'codex_ml.cli.train._validation': ('cli_train.html#_validation', 'codex_ml/cli/train.py'),

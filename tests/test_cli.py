@@ -242,6 +242,24 @@ def test_an_interrupt_in_the_first_moments_is_no_traceback(work):
         assert process.returncode == 130 and "Traceback" not in err, err
 
 
+def test_an_interrupt_that_an_import_made_another_error_of(monkeypatch, capsys):
+    """Lazy imports catch what they like, and leave half a module behind: the next line fails, and says nothing of an interrupt."""
+    from codex_ml.cli.train import main
+    from codex_ml.optimizers import OptimizerError
+
+    def half_imported(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except BaseException:
+            raise OptimizerError("maximum recursion depth exceeded") from None
+
+    monkeypatch.setattr("codex_ml.train_loop.train", half_imported)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["epochs=1"]) == 130 and signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err == "\nstopped at once; the last checkpoint is kept\n"
+
+
 def test_an_interrupt_of_a_run_that_keeps_nothing(shell, work):
     words = [word for word in TINY if not word.startswith("checkpoint.dir")]
     command = shell.start(work, *words, *LONG, "log_every_steps=1")

@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = ['usage', 'report', 'main']
 
-# %% ../../nbs/90_cli_train.ipynb #d2c1d334
+# %% ../../nbs/90_cli_train.ipynb #d8a78a62
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..config import KEYS, ConfigError, default_of, type_name
-from ..secrets import print_redacted, redact
+from ..secrets import redact
 from ..settings import resolve
+from ..words import ended
 
 # %% ../../nbs/90_cli_train.ipynb #4c7c5e82
 def usage() -> str:
@@ -57,24 +62,47 @@ def _sample(result: Any) -> str:
     text = generate(result.model, result.data.tokenizer, prompt="def ", max_new_tokens=240)
     return "a sample of what it learnt:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n"
 
-# %% ../../nbs/90_cli_train.ipynb #31dea226
+# %% ../../nbs/90_cli_train.ipynb #453e472b
 def main(words: list[str] | None = None) -> int:
     "Train as `words` (else the command line) say; returns the exit code. Errors that a user can mend are one line on stderr."
     words = sys.argv[1:] if words is None else words
+    return ended("codex_ml", lambda: _main(words))
+
+
+def _main(words: list[str]) -> int:
     if any(word in ("-h", "--help", "help") for word in words):
         print(usage())
         return 0
+    struck: list[int] = []
     try:
-        return _train(words)
-    except KeyboardInterrupt:  # while it was starting or reporting, or a second one
+        with _noted_interrupts(struck):
+            return _train(words, struck)
+    except (Exception, KeyboardInterrupt) as error:  # while it was starting or reporting, or a second one; or what an import made of it
+        if not struck and not isinstance(error, KeyboardInterrupt):
+            raise
         print("\nstopped at once; the last checkpoint is kept", file=sys.stderr)
         return 130
-    except Exception as error:  # nobody expected it, so all of it is shown, but for secrets
-        print_redacted(error, sys.stderr.write)
-        return 1
 
 
-def _train(words: list[str]) -> int:
+@contextmanager
+def _noted_interrupts(struck: list[int]) -> Iterator[None]:
+    """SIGINT raises `KeyboardInterrupt`, as ever, and is noted in `struck`. Who is struck in the middle of an import may make an error of
+    another kind of it, and leave half a module behind: what fails after that is no fault of the words given."""
+    def strike(number: int, frame: Any) -> None:
+        struck.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # no handler can be set from here, or somebody else has his own
+        return
+    signal.signal(signal.SIGINT, strike)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _train(words: list[str], struck: Sequence[int] = ()) -> int:
     try:
         settings = resolve(overrides=words)
     except ConfigError as error:
@@ -86,6 +114,8 @@ def _train(words: list[str]) -> int:
     try:
         result = train(settings, Parts())
     except tuple(codes) as error:
+        if struck:
+            raise
         return _failed(error, next(code for kind, code in codes.items() if isinstance(error, kind)))
     print(report(result))
     if result["status"] != "interrupted":
@@ -102,21 +132,8 @@ def _failed(error: Exception, code: int) -> int:
 
 
 def _exit_codes() -> dict[type[Exception], int]:
-    from codex_ml.checkpoint import CheckpointError
-    from codex_ml.data import DataError
-    from codex_ml.durable import StorageError
-    from codex_ml.keys import SigningError
-    from codex_ml.loop import NonFiniteLoss
-    from codex_ml.losses import LossError
-    from codex_ml.models import ModelError
-    from codex_ml.optimizers import OptimizerError
-    from codex_ml.registry import ArgumentError, PluginError, UnknownName
-    from codex_ml.run_folder import FolderInUse
-    from codex_ml.tokenizers import TokenizerError
-
-    wrong = (ConfigError, DataError, ModelError, OptimizerError, ArgumentError, PluginError, UnknownName, LossError, TokenizerError,
-             SigningError)
-    return {**dict.fromkeys(wrong, 2), FolderInUse: 3, CheckpointError: 4, StorageError: 5, NonFiniteLoss: 7}
+    from codex_ml.train_loop import EXIT_CODES
+    return EXIT_CODES
 
 # %% ../../nbs/90_cli_train.ipynb #25291da0
 if __name__ == "__main__":

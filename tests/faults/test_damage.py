@@ -76,11 +76,11 @@ def test_a_checkpoint_of_any_other_length_is_never_used(three, full, rng, tally)
     tally("damage", "checkpoint.pt, cut at every length, or replaced", found=found, silent=0)
 
 
-def test_a_trained_checkpoint_with_any_bit_flipped_is_never_used(trained, scratch, full, rng, tally):
+def test_a_trained_checkpoint_with_any_byte_spoilt_is_never_used(trained, scratch, full, rng, tally):
     run = shutil.copytree(trained[0], scratch / "run")
     path = run / "epoch-0003" / "checkpoint.pt"
     content = path.read_bytes()
-    bits = refused(run, path, flips(content, full, 16), "epoch-0002")
+    bits = refused(run, path, flips(content, False, 1 if full else 16), "epoch-0002")
     lengths = refused(run, path, [*cuts(content, full, 64), *replaced(content, rng)], "epoch-0002")
     tally("damage", "checkpoint.pt, one bit flipped", found=bits, silent=0)
     tally("damage", "checkpoint.pt, cut at every length, or replaced", found=lengths, silent=0)

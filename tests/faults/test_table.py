@@ -46,7 +46,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
                                     "faults/test_surroundings.py::test_any_allocation_of_python_fails"),
     "25 RLIMIT_AS in a save": ("faults/test_surroundings.py::test_no_memory_left_while_saving",),
     "26 a bit flipped in the tensors": ("faults/test_damage.py::test_a_checkpoint_with_any_bit_flipped_is_never_used",
-                                        "faults/test_damage.py::test_a_trained_checkpoint_with_any_bit_flipped_is_never_used"),
+                                        "faults/test_damage.py::test_a_trained_checkpoint_with_any_byte_spoilt_is_never_used"),
     "27 … in latest.json": ("faults/test_damage.py::test_a_damaged_pointer_costs_no_checkpoint",),
     "28 … in metadata and configuration": ("faults/test_damage.py::test_damaged_metadata_bring_back_no_other_state",
                                            "faults/test_damage.py::test_a_resumed_run_comes_to_the_same_hash_over_any_damage",

@@ -4,6 +4,7 @@ import errno
 import shutil
 
 import pytest
+from conftest import FULL
 from disk_model import Disk, Recorder, read_tree, write_tree
 from runs import train
 from shim import At, concerned, count, fails, leave, leave_halfway, through
@@ -33,28 +34,34 @@ def finished(run, variation, expected):
     read_ndjson(run / ".codex" / "metrics.ndjson")
 
 
+PARTS = 4 if FULL else 1
+
+
+@pytest.mark.parametrize("part", range(PARTS))  # two workers share them
 @pytest.mark.parametrize("variation", VARIATIONS)
-def test_training_that_ends_at_any_operation(variation, hashes, scratch, rng, full, tally):
+def test_training_that_ends_at_any_operation(variation, part, hashes, scratch, rng, full, tally):
     run, ends = scratch / "run", 0
     total = count(lambda: train(str(run), variation, **JOB))
     shutil.rmtree(run)
-    for k in some(range(1, total + 1), 10**6 if full else 10, rng):
-        for how in (leave, leave_halfway) if full and variation == VARIATIONS[0] else [rng.choice((leave, leave_halfway))]:
-            _, whole = in_child(lambda ack: train(str(run), variation, **JOB), At(k, how))
+    most = 10 if not full else 10**6 if variation == VARIATIONS[0] else 80
+    for k in some(range(1 + part, total + 1, PARTS), most, rng):
+        how = rng.choice((leave, leave_halfway))
+        _, whole = in_child(lambda ack: train(str(run), variation, **JOB), At(k, how))
+        ends += not whole
+        if rng.random() < 0.5:  # and a second time, somewhere in the resume
+            _, whole = in_child(lambda ack: train(str(run), variation, **JOB), At(rng.randint(1, total), how))
             ends += not whole
-            if rng.random() < 0.5:  # and a second time, somewhere in the resume
-                _, whole = in_child(lambda ack: train(str(run), variation, **JOB), At(rng.randint(1, total), how))
-                ends += not whole
-            try:
-                finished(run, variation, hashes[variation])
-            except Exception as error:
-                raise AssertionError(f"{variation}: ended at operation {k} of {total} by {how.__name__}: {error}") from error
-            shutil.rmtree(run)
+        try:
+            finished(run, variation, hashes[variation])
+        except Exception as error:
+            raise AssertionError(f"{variation}: ended at operation {k} of {total} by {how.__name__}: {error}") from error
+        shutil.rmtree(run)
     tally("crash points", "training, resumed to the same hash", exits=ends)
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variation", VARIATIONS[:1])
-def test_training_whose_power_is_cut(variation, hashes, scratch, rng, full, tally):
+def test_training_whose_power_is_cut(variation, part, hashes, scratch, rng, full, tally):
     base = scratch / "base"
     base.mkdir()
     recorder = Recorder(base)
@@ -67,50 +74,51 @@ def test_training_whose_power_is_cut(variation, hashes, scratch, rng, full, tall
     assert disk.now() | {history: None} == read_tree(base) | {history: None}
     shutil.rmtree(base)
     disk, seen, cuts = Disk(recorder), set(), 0
-    places = set(some(range(len(recorder.operations)), 10**6 if full else 12, rng))
+    places = set(some(range(part, len(recorder.operations), PARTS), 10**6 if full else 12, rng))
     for at, operation in enumerate(recorder.operations):
         getattr(disk, f"_{operation[0]}")(*operation[1:])
         if at not in places:
             continue
         cuts += 1
-        states = list(disk.states(16, rng))
-        for tree in rng.sample(states, min(len(states), 2 if full else 1)):
-            key = hash(frozenset(tree.items()))
-            if key not in seen:
-                seen.add(key)
-                write_tree(base, tree)
-                try:
-                    finished(base / "run", variation, hashes[variation])
-                except Exception as error:
-                    raise AssertionError(f"after operation {at}, {operation[:4]}: {sorted(tree)}: {error}") from error
-                shutil.rmtree(base)
+        tree = rng.choice(list(disk.states(16, rng)))
+        key = hash(frozenset(tree.items()))
+        if key in seen:
+            continue
+        seen.add(key)
+        write_tree(base, tree)
+        try:
+            finished(base / "run", variation, hashes[variation])
+        except Exception as error:
+            raise AssertionError(f"after operation {at}, {operation[:4]}: {sorted(tree)}: {error}") from error
+        shutil.rmtree(base)
     tally("power cuts", "training, resumed to the same hash", cuts=cuts, states=len(seen))
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variation", VARIATIONS[:1])
-def test_training_in_which_any_operation_fails(variation, hashes, scratch, rng, full, tally):
+def test_training_in_which_any_operation_fails(variation, part, hashes, scratch, rng, full, tally):
     """Telemetry may fail as it likes; what fails in a save is told, and the same command, run again, comes to the same bits."""
     run, told, quiet = scratch / "run", 0, 0
     total = count(lambda: train(str(run), variation, **JOB))
     shutil.rmtree(run)
-    for k in some(range(1, total + 1), 10**6 if full else 10, rng):
-        for name in rng.sample(("EIO", "ENOSPC", "EDQUOT", "EACCES", "EMFILE"), 2 if full else 1):
-            code = getattr(errno, name)
-            lasting = concerned(code) if rng.random() < 0.5 else None
-            try:
-                with through(At(k, fails(code), lasting)):
-                    result = train(str(run), variation, **JOB)
-                assert result["checkpoint_sha256_last"] == hashes[variation], f"{name} at operation {k}"
-                quiet += 1
-            except (StorageError, CheckpointError):
-                told += 1
-            except OSError as error:
-                raise AssertionError(f"{name} at operation {k}, lasting: {lasting is not None}: an OSError as it came") from error
-            try:
-                finished_again(run, variation, hashes[variation])
-            except Exception as error:
-                raise AssertionError(f"{name} at operation {k}, lasting: {lasting is not None}: {error}") from error
-            shutil.rmtree(run, ignore_errors=True)
+    for k in some(range(1 + part, total + 1, PARTS), 10**6 if full else 10, rng):
+        name = rng.choice(("EIO", "ENOSPC", "EDQUOT", "EACCES", "EMFILE"))
+        code = getattr(errno, name)
+        lasting = concerned(code) if rng.random() < 0.5 else None
+        try:
+            with through(At(k, fails(code), lasting)):
+                result = train(str(run), variation, **JOB)
+            assert result["checkpoint_sha256_last"] == hashes[variation], f"{name} at operation {k}"
+            quiet += 1
+        except (StorageError, CheckpointError):
+            told += 1
+        except OSError as error:
+            raise AssertionError(f"{name} at operation {k}, lasting: {lasting is not None}: an OSError as it came") from error
+        try:
+            finished_again(run, variation, hashes[variation])
+        except Exception as error:
+            raise AssertionError(f"{name} at operation {k}, lasting: {lasting is not None}: {error}") from error
+        shutil.rmtree(run, ignore_errors=True)
     tally("errors", "training, resumed to the same hash", errors_told=told, no_harm=quiet)
 
 

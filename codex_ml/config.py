@@ -264,7 +264,7 @@ def from_text(key: str, text: str) -> Any:
             continue
     raise ConfigError(f"{key} = {text}: it takes {type_name(hint)}")
 
-# %% ../nbs/04_config.ipynb #7ea14de1
+# %% ../nbs/04_config.ipynb #5cad84ab
 CHOICES = {"on_nan": ("error", "warn", "ignore"), "progress": ("auto", "live", "lines", "off"), "scheduler.interval": ("epoch", "step"),
            "checkpoint.signature": ("required", "warn", "off")}
 _AT_LEAST = {"epochs": 0, "seed": 0, "learning_rate": 0, "weight_decay": 0, "num_workers": 0, "scheduler.warmup": 0,
@@ -305,5 +305,7 @@ def check(config: TrainConfig, origins: dict[str, str] | None = None) -> None:
         refuse("eval_fraction", config.eval_fraction, "a number below 1")
     for key in ("checkpoint.dir", "checkpoint.key", "checkpoint.trusted_keys", "metrics_out", "data", "tensorboard_dir", "mlflow_dir"):
         value = flatten(config)[key]
-        if value is not None and (not value.strip() or "\0" in value or len(value) > 4000):
+        if value is not None and len(value) > 4000:
+            refuse(key, value[:40] + "…", f"a path of up to 4,000 characters, and this one has {len(value):,}")
+        if value is not None and (not value.strip() or "\0" in value):
             refuse(key, value[:40], "a path" + (", or null" if type(None) in get_args(KEYS[key]) else ""))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_checkpoint', 'evaluation_of', 'evaluate_run', 'parse_words', 'usage', 'main']
 
-# %% ../nbs/62_evaluate_run.ipynb #7f65b942
+# %% ../nbs/62_evaluate_run.ipynb #103b662f
 import json
 import sys
 import types
@@ -17,12 +17,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from .assembly import Parts, choose_device, open_run_data
+from .assembly import Parts, choose_device, open_run_data, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify_checkpoint
 from .config import KEYS, ConfigError, TrainConfig, check, set_key, type_name
 from .data import DataError
 from .durable import CorruptFile, StorageError
-from .strict_json import read_json
+from .strict_json import read_resolved
 from .evaluator import Subject, evaluate
 from .keys import SigningError
 from .losses import LossError
@@ -35,9 +35,10 @@ from .seeding import key, preserve_rng, resolve_seed, seed_everything
 from .signing import SignatureError, Signing, open_policy
 from .sources import Data, open_data
 from .tokenizers import TokenizerError
+from .train_state import check_saved
 from .utils.retention import score
 
-# %% ../nbs/62_evaluate_run.ipynb #4734c7a5
+# %% ../nbs/62_evaluate_run.ipynb #06271c66
 def choose_checkpoint(run_folder: str | Path, which: str | None = None, signing: Signing | None = None,
                       ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
     """A checkpoint, its verified state, and what is worth a remark. `which`: `latest` (also None), `best` (lowest validation loss, else
@@ -63,6 +64,7 @@ def choose_checkpoint(run_folder: str | Path, which: str | None = None, signing:
         chosen = names[which]
     try:
         state, remarks = signing.load(chosen)
+        check_saved(chosen.folder/"checkpoint.pt", state)
         return chosen, state, notes + remarks
     except CorruptFile as error:
         good = next((c.name for c in found if c != chosen and _verifies(c, signing)), None)
@@ -78,15 +80,15 @@ def _verifies(checkpoint: Checkpoint, signing: Signing) -> bool:
     except CorruptFile:
         return False
 
-# %% ../nbs/62_evaluate_run.ipynb #804e10b4
+# %% ../nbs/62_evaluate_run.ipynb #858394ab
 def _recorded(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
     "`config.resolved.json` of a run, as it is and as a configuration."
     path = folder/"config.resolved.json"
     if not path.exists():
         raise ConfigError(f"{folder} is no run: there is no config.resolved.json in it. Give the run's folder (its checkpoint.dir)")
-    recorded, config = read_json(path), TrainConfig()
+    recorded, config = read_resolved(path), TrainConfig()
     for name, entry in recorded.get("values", {}).items():
-        if name in KEYS and isinstance(entry, Mapping) and "value" in entry:  # a key of another version has no part in a model or its data
+        if name in KEYS:  # a key of another version has no part in a model or its data
             set_key(config, name, entry["value"])
     config.checkpoint.dir, config.checkpoint.resume = str(folder), True  # the folder may have moved; its tokenizer is taken
     check(config)
@@ -107,7 +109,7 @@ def _own(recorded: Mapping[str, Any], part: str) -> bool:
     known = {"model": identity.get("model_name", "") is None, "data": str(identity.get("data", "")).startswith("unknown:")}
     return known.get(part, False)
 
-# %% ../nbs/62_evaluate_run.ipynb #a9ddab88
+# %% ../nbs/62_evaluate_run.ipynb #44a4182a
 def _run_data(folder: Path, recorded: Mapping[str, Any], config: TrainConfig) -> Data:
     "The run's own data, opened anew; `DataError` where they cannot be, or are others now."
     give = f"give what to judge on: evaluate_run({str(folder)!r}, data=(x, y)), or data=PATH"
@@ -122,7 +124,7 @@ def _run_data(folder: Path, recorded: Mapping[str, Any], config: TrainConfig) ->
 
 def _given_data(folder: Path, config: TrainConfig, data: Any) -> Data:
     saved = folder/"tokenizer.json"
-    tokenizer = read_json(saved, max_bytes=1 << 28) if saved.exists() else None
+    tokenizer = read_tokenizer(saved) if saved.exists() else None
     return open_data(data, tokenizer=config.tokenizer, vocab_size=config.vocab_size, block_size=config.block_size,
                      text_field=config.text_field, eval_fraction=0, saved_tokenizer=tokenizer)
 

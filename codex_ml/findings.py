@@ -14,7 +14,7 @@ from typing import Any
 from .durable import CorruptFile
 from .strict_json import read_json
 
-# %% ../nbs/27_findings.ipynb #1468fa3c
+# %% ../nbs/27_findings.ipynb #3428c6c1
 class IntegrityError(ValueError):
     "There is no run and no checkpoint at a path."
 
@@ -39,7 +39,8 @@ class RunReport:
     path: str
     deep: bool = False
     run_id: str | None = None
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256, verified, signed_by; oldest first
+    # oldest first: name, bytes, sha256, verified, signed_by, content (hash and records alone), signature (good, missing, wrong, …)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bytes: int = 0  # that were hashed
@@ -66,9 +67,10 @@ class RunReport:
 
 
 def _state(checkpoint: dict[str, Any]) -> str:
-    signer = checkpoint["signed_by"]
-    signed = "not signed" if signer is None else f"signed by {signer[:12]}" if signer else "signed, nobody asked by whom"
-    return f"{'verified' if checkpoint['verified'] else 'BROKEN':8}  {signed}"
+    signer, signature = checkpoint["signed_by"], checkpoint["signature"]
+    signed = f"signed by {signer[:12]}" if signer else "signed, nobody asked by whom" if signature == "not asked" else "not signed"
+    state = "verified" if checkpoint["verified"] else "refused" if checkpoint["content"] else "BROKEN"
+    return f"{state:8}  {'its signature does not hold here' if signature == 'wrong' else signed}"
 
 # %% ../nbs/27_findings.ipynb #b1fbc683
 class Look:

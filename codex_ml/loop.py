@@ -6,7 +6,7 @@
 __all__ = ['log', 'EVENTS', 'Callbacks', 'Telemetry', 'Display', 'NonFiniteLoss', 'Run', 'train_step', 'update', 'parameters',
            'drop_gradients', 'train_epoch', 'save_place', 'finish_epoch', 'evaluate_epoch']
 
-# %% ../nbs/53_loop.ipynb #7f038bd8
+# %% ../nbs/53_loop.ipynb #ca16bbda
 import itertools
 import logging
 import math
@@ -21,13 +21,14 @@ from .data import Batches
 from .evaluation import validate
 from .fingerprints import Fingerprints
 from .losses import default_loss, to_device
+from .secrets import redact
 from .seeding import key, seed_everything
 from .telemetry.histograms import histograms
 from .train_state import TrainState, apply_lrs, current_lrs
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/53_loop.ipynb #c80f58f6
+# %% ../nbs/53_loop.ipynb #15c4f167
 EVENTS = ("on_train_start", "on_epoch_start", "on_step_end", "on_epoch_end", "on_train_end")
 
 
@@ -57,7 +58,7 @@ class Callbacks:
             log.warning("the callback %s raised in %s: %s: %s (told once; all are in callback_errors)",
                         name, event, type(error).__name__, error)
         self.errors.append({"callback": name, "event": event, "epoch": state.epoch + 1, "global_step": state.global_step,
-                            "error": f"{type(error).__name__}: {error}"})
+                            "error": redact(f"{type(error).__name__}: {error}")})
 
 # %% ../nbs/53_loop.ipynb #29573366
 class Telemetry(Protocol):

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'RecordedSteps', 'read_steps', 'NoRun', 'Traces', 'traces', 'StepDifference', 'differences_by_step', 'ulps',
            'loss_ulps']
 
-# %% ../nbs/58_recorded_steps.ipynb #d8b00214
+# %% ../nbs/58_recorded_steps.ipynb #74e12274
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from .durable import CorruptFile
+from .durable import CorruptFile, shown
 from .fingerprints import from_bits
-from .strict_json import read_json
+from .strict_json import read_resolved
 from .telemetry.ndjson import NdjsonReader
 from .telemetry.schema import EVENT, STEPS
 
-# %% ../nbs/58_recorded_steps.ipynb #6c026d7a
+# %% ../nbs/58_recorded_steps.ipynb #502f5803
 class _Column:
     "A value of 64 bits for each step, the steps counted from 1; a zero in `there` where none is known."
 
@@ -68,6 +68,8 @@ class RecordedSteps:
             for name in ("gradients", "rates", "weights"):
                 getattr(self, name).update(dict(record[name]))
         elif record["$schema"] == EVENT and record["event"] == "run_start":
+            if type(record["step"]) is not int or not isinstance(record["data"], dict):
+                raise TypeError("the event says neither where nor what")
             self._go_on(record["step"])
             self.begins.append((record["step"], record["data"]))
         elif record["$schema"] == EVENT and record["event"] == "checkpoint":
@@ -117,16 +119,18 @@ def read_steps(metrics: Path, run_id: str | None = None, on_bad: Callable[[str],
                 _take(found[record["run_id"]], record)
     except FileNotFoundError:
         pass
+    except OSError as error:
+        raise NoRun(f"{error.filename or metrics}: {error.strerror}: the metrics of a run are a file") from error
     return found.get(run_id or "") or latest or RecordedSteps()
 
 
 def _take(steps: RecordedSteps, record: Mapping[str, Any]) -> None:
     try:
         steps.take(record)
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError):  # not as its schema says: nothing to compare
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError):  # not as its schema says: nothing to compare
         pass
 
-# %% ../nbs/58_recorded_steps.ipynb #0d5f8195
+# %% ../nbs/58_recorded_steps.ipynb #af43d72b
 class NoRun(ValueError):
     "There is no run at this path."
 
@@ -142,22 +146,23 @@ class Traces:
     def config(self) -> dict[str, Any]:
         "The values of the configuration, by dotted key."
         values = self.resolved.get("values", {})
-        told = {key: entry["value"] for key, entry in values.items() if isinstance(entry, Mapping) and "value" in entry}
-        return told or (self.steps.begins[-1][1].get("config", {}) if self.steps.begins else {})
+        told = {key: entry["value"] for key, entry in values.items()}
+        said = self.steps.begins[-1][1].get("config") if self.steps.begins else None
+        return told or (said if isinstance(said, dict) else {})
 
 
 def traces(path: str | os.PathLike, on_bad: Callable[[str], Any] | None = None) -> Traces:
     "What is there of the run at `path`: its folder, one of its checkpoints, or its file of metrics; `on_bad` as above. Raises `NoRun`."
     given = Path(path)
-    if not given.exists():
-        raise NoRun(f"{given} does not exist: give the checkpoint.dir of a run, or its metrics.ndjson")
+    if not os.path.exists(given):  # not its own `exists`, which raises where a name is too long
+        raise NoRun(f"{shown(given)} does not exist: give the checkpoint.dir of a run, or its metrics.ndjson")
     if given.is_dir() and (given/"metadata.json").exists():
         given = given.parent
     folder = given if given.is_dir() else given.parent.parent if given.parent.name == ".codex" else given.parent
     resolved: dict[str, Any] = {}
     if given.is_dir():
         try:
-            resolved = read_json(folder/"config.resolved.json")
+            resolved = read_resolved(folder/"config.resolved.json")
         except CorruptFile:
             pass
     told = resolved.get("values", {}).get("metrics_out", {}).get("value") or ".codex/metrics.ndjson"

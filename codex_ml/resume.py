@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'Origin', 'state_bytes', 'check_disk', 'take_up', 'Saver']
 
-# %% ../nbs/55_resume.ipynb #f74ad38d
+# %% ../nbs/55_resume.ipynb #8456d37d
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +18,18 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, utc_now
 from .config import TrainConfig, flatten
 from .durable import CorruptFile
-from .strict_json import json_text, plain, read_json
+from .strict_json import json_text, plain, read_manifest
 from .loop import Run, drop_gradients
 from .provenance import differences, run_manifest
 from .run_folder import RunFolder
 from .secrets import redact
 from .settings import config_sha256, drift, drift_table
-from .train_state import current_lrs, mismatches, parameter_names, restore, to_checkpoint
-from .utils.retention import most_held, prune_checkpoints
+from .train_state import check_saved, current_lrs, mismatches, parameter_names, restore, to_checkpoint
+from .utils.retention import budget_problem, most_held, prune_checkpoints
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/55_resume.ipynb #125923e4
+# %% ../nbs/55_resume.ipynb #69417b4f
 @dataclass
 class Origin:
     "Where a run goes on from, and what was found on the way."
@@ -78,6 +79,8 @@ def check_disk(folder: RunFolder, config: TrainConfig, run: Run, origin: Origin)
     sizes = [size for size in there if type(size) is int and size >= 0]
     size, metrics = max(sizes[:1] or [estimate]), _metrics_bytes(run, config)
     policy = config.checkpoint.retention
+    if problem := budget_problem(policy, state.epochs, size):
+        log.warning("%s", problem)
     passing = size + (state_bytes(run) if config.checkpoint.every_steps else 0)
     needed = most_held(policy, state.epochs, size) + passing + metrics - sum(sizes)
     free = shutil.disk_usage(folder.path).free
@@ -89,15 +92,17 @@ def check_disk(folder: RunFolder, config: TrainConfig, run: Run, origin: Origin)
                     f"{metrics:,}", f"{free:,}", fit, state.epochs - state.epoch, hint)
 
 
-def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[str, Any], surroundings: Mapping[str, Any]) -> Origin:
+def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[str, Any], surroundings: Mapping[str, Any],
+            eval_fingerprint: str | None = None) -> Origin:
     "Restore the newest verified checkpoint where a resume is asked for and possible; otherwise begin. `CheckpointError` says why not."
     origin = Origin()
     if config.checkpoint.resume:
-        checkpoint, saved, origin.problems = folder.newest(config.checkpoint.strict)
+        checkpoint, saved, origin.problems = folder.newest(config.checkpoint.strict, check_saved)
         if checkpoint and _fits(run, checkpoint, saved, config, origin):
             origin.drift = _drift(checkpoint, config, identity)
             origin.environment = _changed_environment(checkpoint, surroundings, origin)
-            restore(run.state, saved, hyperparameters=not origin.drift)
+            _say_other_validation(checkpoint, eval_fingerprint, origin)
+            _restore(run, checkpoint, saved, hyperparameters=not origin.drift)
             _say_extended(folder, run, origin)
             run.history = folder.metrics_history(checkpoint)
             if origin.drift and run.state.accumulated and any(name == "grad_accum" for name, _, _ in origin.drift):
@@ -117,8 +122,18 @@ def take_up(folder: RunFolder, config: TrainConfig, run: Run, identity: Mapping[
     return origin
 
 
+def _restore(run: Run, checkpoint: Checkpoint, saved: Mapping[str, Any], hyperparameters: bool) -> None:
+    "`CheckpointError` where a model's or an optimizer's own way of loading refuses what no check here could know of."
+    try:
+        restore(run.state, saved, hyperparameters)
+    except Exception as error:  # whatever it raises: half of it may be restored, so there is no going on from here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.folder} cannot be restored: {reason[:300]}. Move it away to go on from the checkpoint before "
+                              "it, or begin a new run with checkpoint.resume=false") from error
+
+
 def _say_extended(folder: RunFolder, run: Run, origin: Origin) -> None:
-    planned = folder.recorded().get("values", {}).get("epochs", {}).get("value")
+    planned = folder.recorded().get("values", {}).get("epochs", {}).get("value")  # as `read_resolved` has looked at it
     if run.state.scheduler.type not in ("constant", "step") and planned not in (None, run.state.epochs):
         origin.problems.append(f"the run was planned for {planned} epochs and now has {run.state.epochs}: its {run.state.scheduler.type} "
                                "schedule follows the new number from here on, so this is not the run that had it from the start")
@@ -152,10 +167,20 @@ def _drift(checkpoint: Checkpoint, config: TrainConfig, identity: Mapping[str, A
                           "checkpoint.dir")
 
 
+def _say_other_validation(checkpoint: Checkpoint, now: str | None, origin: Origin) -> None:
+    "What is held out decides no bit of the model. But losses are measured on it, and by them an epoch is the best."
+    with suppress(CorruptFile):  # told where the environment is compared
+        then = read_manifest(checkpoint.folder/"run_manifest.json").get("eval_fingerprint", now)
+        if then != now:
+            origin.problems.append(f"the validation data are not those of the checkpoint (eval_fingerprint: {then} then, {now} now): "
+                                   "val_loss, and which epoch is the best, do not compare with the epochs before")
+
+
 def _changed_environment(checkpoint: Checkpoint, surroundings: Mapping[str, Any], origin: Origin) -> list[tuple[str, Any, Any]]:
     try:
-        rows = differences(read_json(checkpoint.folder/"run_manifest.json").get("environment", {}), surroundings)
-    except CorruptFile:  # a manifest is best effort
+        rows = differences(read_manifest(checkpoint.folder/"run_manifest.json").get("environment", {}), surroundings)
+    except CorruptFile as error:  # a manifest is best effort
+        origin.problems.append(f"whether the environment is the one of the checkpoint is not known: {error}")
         return []
     if rows:
         origin.problems.append("the environment is not the one of the checkpoint, so bits may differ: "

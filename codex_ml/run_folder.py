@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'FolderInUse', 'FolderLock', 'RunFolder']
 
-# %% ../nbs/24_run_folder.ipynb #39e92157
+# %% ../nbs/24_run_folder.ipynb #a4498ade
 import errno
 import fcntl
 import json
@@ -22,13 +22,14 @@ from typing import Any
 
 from .checkpoint import (Checkpoint, CheckpointError, drop_older_steps, list_checkpoints, load_checkpoint, move_aside,
                                  newest_verified, read_pointer, save_checkpoint, write_pointer)
-from .durable import CorruptFile, StorageError, make_folder, open_regular, storage_error, storage_errors, sweep, write_atomic
+from .durable import (CorruptFile, StorageError, make_folder, open_regular, shown, storage_error, storage_errors, sweep,
+                             write_atomic)
 from .secrets import redact
-from .strict_json import json_text, parse_json, plain, read_json, write_json
+from .strict_json import json_text, parse_json, plain, read_manifest, read_resolved, write_json
 
 log = logging.getLogger("codex_ml")
 
-# %% ../nbs/24_run_folder.ipynb #a60afb51
+# %% ../nbs/24_run_folder.ipynb #7eb9c658
 class FolderInUse(RuntimeError):
     "Another run holds the folder."
 
@@ -61,8 +62,11 @@ class FolderLock:
         self.fd = -1
 
     def __enter__(self) -> "FolderLock":
+        if self.path.is_symlink():
+            raise StorageError(errno.ELOOP, f"{self.path} is a symbolic link, and the lock of a run is a file of its own in the run's "
+                                            "folder: delete the link, then run the same command again")
         with storage_errors(self.path):
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         _locked.add(self.fd)
         try:
             _lock(self.fd)
@@ -73,6 +77,9 @@ class FolderLock:
                 raise storage_error(error, self.path, 0) from error
             raise FolderInUse(f"{self.path.parent} is in use by another run (pid {holder}): wait for it, stop it with "
                               f"`kill {holder}`, or choose another checkpoint.dir") from None
+        if os.fstat(self.fd).st_nlink == 0:  # its holder's start was refused, and it took its folder away
+            self._close()
+            raise FolderInUse(f"{self.path.parent} was taken away by another run in this moment: run the same command again")
         with suppress(OSError):  # on a full disk, say: the lock holds without it, and only the other's message is the poorer
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
@@ -86,8 +93,9 @@ class FolderLock:
             _locked.remove(self.fd)
             with suppress(OSError):  # whatever it complains of, the descriptor is gone, and the lock with it
                 os.close(self.fd)
+        self.fd = -1
 
-# %% ../nbs/24_run_folder.ipynb #42644209
+# %% ../nbs/24_run_folder.ipynb #26d553d7
 _OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.jsonl", "tokenizer.json",
              ".codex", "evaluation",
              "export", "tensorboard", "wandb")
@@ -108,28 +116,46 @@ class RunFolder:
         self.accept: Callable[[Checkpoint, str | None], str | None] | None = None  # (checkpoint, run_id) → a remark, or `CorruptFile`
 
     def __enter__(self) -> "RunFolder":
+        self._made = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
         try:
             make_folder(self.path)
         except OSError as error:
             there = "there is a file of that name" if os.path.isfile(self.path) else error.strerror
-            raise StorageError(error.errno, f"cannot make the folder {self.path}: {there}. Choose another checkpoint.dir"
+            raise StorageError(error.errno, f"cannot make the folder {shown(self.path)}: {there}. Choose another checkpoint.dir"
                                             f"{'' if os.path.isfile(self.path) else ', or make it writable'}.") from error
         self._lock = FolderLock(self.path)
-        self._lock.__enter__()
         try:
+            self._lock.__enter__()
             with storage_errors(self.path):
                 sweep(self.path)
-        except BaseException:
-            self._lock.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error), error)
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, error: BaseException | None = None, traceback: object = None) -> None:
+        if error is not None and self._made and not isinstance(error, FolderInUse):
+            self._unmake()
         self._lock.__exit__()
 
-    def newest(self, strict: bool = False) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
-        "The newest verified checkpoint, its state, and what was wrong on the way to it."
+    def _unmake(self) -> None:
+        "A start that was refused leaves no folder behind that it has made, where nothing but the lock came into it."
+        with suppress(OSError):
+            if {*os.listdir(self.path)} <= {".lock"}:
+                self._lock.path.unlink(missing_ok=True)  # while it is held: who has it open by now finds that it has no name any more
+                for folder in self._made:
+                    folder.rmdir()
+
+    def newest(self, strict: bool = False, examine: Callable[[Path, dict[str, Any]], Any] = lambda path, state: None,
+               ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
+        """The newest verified checkpoint, its state, and what was wrong on the way to it. `examine(path, state)` raises `CorruptFile` for
+        a state that cannot be used; then the checkpoint before is taken, as for one that does not verify."""
         run_id, remarks, refused = self.recorded().get("run_id"), [], []
+        if (self.path/"config.resolved.json").exists():
+            try:
+                read_resolved(self.path/"config.resolved.json")
+            except CorruptFile as error:
+                remarks.append(str(error))
 
         def load(checkpoint: Checkpoint) -> dict[str, Any]:
             if self.accept and checkpoint.metadata:
@@ -139,7 +165,9 @@ class RunFolder:
                     refused.append(str(error))
                     raise
                 remarks.extend([remark] if remark else [])
-            return load_checkpoint(checkpoint)
+            state = load_checkpoint(checkpoint)
+            examine(checkpoint.folder/"checkpoint.pt", state)
+            return state
 
         checkpoint, state, problems = newest_verified(self.path, strict, load)
         if refused and not checkpoint:  # they may be as good as ever: no reason to train from the beginning
@@ -150,7 +178,7 @@ class RunFolder:
 
     def recorded(self) -> dict[str, Any]:
         "`config.resolved.json`, or `{}` where there is none that can be read."
-        return _read_or_nothing(self.path/"config.resolved.json")
+        return _or_nothing(read_resolved, self.path/"config.resolved.json")
 
     def go_on(self, checkpoint: Checkpoint) -> None:
         "This process continues the run from `checkpoint`; checkpoints after it (they did not verify) are moved aside."
@@ -164,7 +192,7 @@ class RunFolder:
         # what a process does after it has published a checkpoint, it may have been killed before
         pointer, wrong = read_pointer(self.path)
         if pointer is None or wrong or pointer.get("path") != checkpoint.name or pointer.get("checkpoint_sha256") != checkpoint.sha256:
-            self._point_to(checkpoint, _read_or_nothing(checkpoint.folder/"run_manifest.json"))
+            self._point_to(checkpoint, _or_nothing(read_manifest, checkpoint.folder/"run_manifest.json"))
         self._drop_older_steps(checkpoint)
 
     def begin(self) -> Path | None:
@@ -235,8 +263,8 @@ class RunFolder:
                                              "free some space, or choose another checkpoint.dir")
 
 
-def _read_or_nothing(path: Path) -> dict[str, Any]:
+def _or_nothing(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read(path)
     except CorruptFile:
         return {}

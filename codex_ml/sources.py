@@ -123,7 +123,7 @@ def _fingerprint(samples: Any) -> str:
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
-# %% ../nbs/12_sources.ipynb #17213f7d
+# %% ../nbs/12_sources.ipynb #2700adc7
 @dataclass(frozen=True)
 class Data:
     "What a run trains on."
@@ -140,6 +140,11 @@ class Data:
     def spec(self) -> dict[str, Any]:
         "What the data know that a model may need; empty where they know nothing."
         return dict(getattr(self.train, "spec", {}))
+
+    @property
+    def eval_fingerprint(self) -> str | None:
+        "The fingerprint of `valid`; None where there is none."
+        return None if self.valid is None else _fingerprint(self.valid)
 
 # %% ../nbs/12_sources.ipynb #95163933
 def _resolve(data: Any, text_field: str) -> Any:

@@ -22,8 +22,10 @@ import pytest
 import torch
 from commands import Shell
 
-from codex_ml.checkpoint import canonical, list_checkpoints, load_checkpoint, newest_verified
+from codex_ml.archive import canonical
+from codex_ml.checkpoint import list_checkpoints, load_checkpoint, newest_verified
 from codex_ml.durable import CorruptFile, sha256_file
+from codex_ml.strict_json import read_resolved
 
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}\n" for i in range(400))
 TINY = ("data=text.txt", "model_name=tiny", "block_size=16", "batch_size=4", "checkpoint.dir=run", "eval_steps=1", "steps_per_epoch=2",
@@ -315,10 +317,10 @@ GOOD = b'{"epoch": 2, "global_step": 4}'
 JSON = {"key twice": (b'{"epoch": 2, "epoch": 2}', "twice"), "NaN": (b'{"epoch": NaN}', "NaN"), "infinity": (b'{"epoch": -Infinity}',
                                                                                                              "Infinity"),
         "too large": (b'{"epoch": 1e999}', "1e999"), "depth": (b'{"epoch": ' + b"[" * 100_000, "nested too deeply"),
-        "BOM": (b"\xef\xbb\xbf" + GOOD, "BOM"), "UTF-16": (GOOD.decode().encode("utf-16"), "utf-8"), "empty": (b"", "Expecting value"),
-        "garbage behind": (GOOD + b" x", "Extra data"), "lone surrogate": (b'{"epoch": "\\ud800"}', "surrogate"),
+        "BOM": (b"\xef\xbb\xbf" + GOOD, "BOM"), "UTF-16": (GOOD.decode().encode("utf-16"), "no UTF-8"), "empty": (b"", "it is empty"),
+        "garbage behind": (GOOD + b" x", "something stands behind its end"), "lone surrogate": (b'{"epoch": "\\ud800"}', "surrogate"),
         "a list": (b"[2]", "not an object"), "huge number": (b'{"epoch": ' + b"9" * 5000 + b"}", "digits"), "latin": (b'{"a": "\xe9"}',
-                                                                                                                      "utf-8")}
+                                                                                                                      "UTF-8")}
 
 
 @pytest.mark.parametrize(("content", "why"), JSON.values(), ids=JSON)
@@ -608,3 +610,265 @@ def test_another_version_of_torch(shell, work):
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"environment": manifest["environment"] | {"torch": "2.10.0"}}))
     goes_on(shell, work, "environment", "torch: 2.10.0 then", "bits may differ")
+
+
+# ---- good JSON that says what cannot be: every field of every record of a run, every command
+
+FILES = ("config.resolved.json", "epoch-0002/run_manifest.json", "epoch-0002/metadata.json", "latest.json")
+WRONG = ("5", "-1", '"x"', "[]", "{}", "null", "true", "1e400")
+COMMANDS = {
+    "resume": ["train", *MORE], "evaluate": ["evaluate", "run", "bootstrap=0"], "replay": ["replay", "run"],
+    "diff": ["diff", "run", "good"], "compare": ["compare", "run", "good"], "watch": ["watch", "run", "--once"],
+    "verify": ["verify", "run"], "export": ["export", "run", "--to", "csv", "--dest", "numbers.csv"]}
+EVERY = """
+import contextlib, io, json, os, shutil, signal, sys, traceback
+from pathlib import Path
+import codex_ml.cli.train
+from codex_ml.cli.main import main
+
+codex_ml.cli.train._sample = lambda result: ""  # a second of generating, which proves nothing here
+signal.signal(signal.SIGALRM, lambda *_: os._exit(99))
+shutil.copytree("run", "good")
+found = {}
+for case, change in CASES:
+    shutil.rmtree("run")
+    shutil.copytree("good", "run")
+    change(Path("run"))
+    for name, words in COMMANDS.items():  # the resume is the last: it mends what it finds
+        out, code = io.StringIO(), 1
+        signal.alarm(20)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                code = main(words)
+            except BaseException:
+                traceback.print_exc()
+        signal.alarm(0)
+        found[f"{case}: {name}"] = code, out.getvalue()[-3000:]
+sys.stdout.write(json.dumps(found))
+"""
+
+
+def every_command(shell, work, cases, commands=COMMANDS):
+    """What each command says of each case: its exit code and its output. `cases` is Python that makes (name, function of the folder)s."""
+    last = {name: words for name, words in commands.items() if name != "resume"}
+    script = f"COMMANDS = {last | {n: w for n, w in commands.items() if n == 'resume'}!r}\n{cases}\n{EVERY}"
+    command = shell.start(work, script=script)
+    clock = threading.Timer(400, command.signal, [9])
+    clock.start()
+    code = command.wait()
+    clock.cancel()
+    assert code == 0, "it hangs" if code in (99, -9) else command.stderr
+    found = json.loads(command.stdout)
+    wrong = {case: (code, said[-400:]) for case, (code, said) in found.items() if "Traceback" in said or code not in (0, 2, 4, 5, 6)}
+    assert not wrong, wrong
+    return found
+
+
+FIELD = """
+def put(field, text):
+    def change(run):
+        file = run / FILE
+        content = json.loads(file.read_text())
+        content[field] = "@@"
+        file.write_text(json.dumps(content).replace('"@@"', text))
+    return change
+CASES = [(f"{field}={text}", put(field, text)) for field, text in FIELDS]
+"""
+
+
+@pytest.mark.parametrize("some", [True, False] if os.environ.get("TORTURE") == "1" else [True], ids=lambda some: "some" if some else "all")
+@pytest.mark.parametrize("file", FILES)
+def test_a_field_of_another_type(shell, work, file, some):
+    """Every field, with one wrong value; with TORTURE=1 also with each of them. No command ends in a traceback or hangs."""
+    fields = list(json.loads((work / "run" / file).read_text()))
+    cases = [(field, WRONG[n % len(WRONG)]) for n, field in enumerate(fields)] if some else [(f, w) for f in fields for w in WRONG]
+    every_command(shell, work, f"FILE, FIELDS = {file!r}, {cases!r}\nimport json\n{FIELD}")
+
+
+INSIDE = {"values=5": {"values": 5}, "objects=4": {"objects": 4}, "identity=[]": {"identity": []}, "run_id=7": {"run_id": 7},
+          "values.epochs=5": {"values": {"epochs": 5}}, "values: metrics_out=7": {"values": {"metrics_out": {"value": 7}}},
+          "values: seed=-1": {"values": {"seed": {"value": -1}}}, "identity.threads='x'": {"identity": {"threads": "x"}}}
+
+
+@pytest.mark.parametrize("field", INSIDE)
+def test_a_resolved_configuration_is_read_in_one_way(work, field):
+    """The reader that all commands share names file, field, value and mending."""
+    path = work / "run" / "config.resolved.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | INSIDE[field]))
+    with pytest.raises(CorruptFile) as caught:
+        read_resolved(path)
+    wanted = "it takes" if ": " in field else "it has to be"
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in (str(path), field, wanted, "a resume writes it anew"))
+
+
+def test_a_resume_says_that_a_record_cannot_be_used(shell, work, third):
+    edit(work / "run" / "config.resolved.json", values=5)
+    edit(work / "run" / "epoch-0002" / "run_manifest.json", environment=5)
+    assert goes_on(shell, work, "config.resolved.json cannot be used: values=5: it has to be an object") == third
+    assert json.loads((work / "run" / "config.resolved.json").read_text())["values"]["epochs"]["value"] == 3
+
+
+CONTENT = {"step=-4": {"step": -4}, "loss_history='abc'": {"loss_history": "abc"}, "scheduler=5": {"scheduler": 5}, "model=5": {"model": 5},
+           "learning_rate_history=5": {"learning_rate_history": 5}, "optimizer=None": {"optimizer": None},
+           "loss_sum=True": {"loss_sum": True},
+           "steps_per_epoch='x'": {"steps_per_epoch": "x"}, "gradients={'a': 5}": {"gradients": {"a": 5}},
+           "optimizer.state=5": {"state": 5}, "optimizer.param_groups=[5]": {"param_groups": [5]},
+           "optimizer.state=99": {"state": {99: {}}}}
+
+
+@pytest.mark.parametrize("what", CONTENT)
+def test_content_of_another_type(shell, work, what):
+    """The hash is right, and a field holds what no run writes: as for a broken one, the checkpoint before is taken."""
+    state = canonical(load_checkpoint(list_checkpoints(work / "run")[0]))
+    inside = what.startswith("optimizer.")
+    forge(work, lambda path: torch.save(state | ({"optimizer": state["optimizer"] | CONTENT[what]} if inside else CONTENT[what]), path))
+    refused(shell, work, script=evaluate(work, "epoch-0002"), says=["epoch-0002/checkpoint.pt cannot be used", what], code=4)
+    stopped(shell, work, "epoch-0002/checkpoint.pt cannot be used", what, "epoch-0001", "checkpoint.strict=false")
+    assert goes_on(shell, work, "epoch-0002/checkpoint.pt cannot be used", what, strict=False)
+
+
+def test_what_only_the_optimizer_can_tell(shell, work):
+    """Its own settings have types that no check here knows: one line all the same."""
+    state = canonical(load_checkpoint(list_checkpoints(work / "run")[0]))
+    state["optimizer"]["state"][0]["step"] = "x"
+    state["optimizer"]["state"][0]["exp_avg"] = 5
+    forge(work, lambda path: torch.save(state, path))
+    found = every_command(shell, work, "CASES = [('as it is', lambda run: None)]", {"resume": COMMANDS["resume"]})
+    assert found["as it is: resume"][0] in (0, 4)
+
+
+# ---- pipes and devices where the metrics should be
+
+
+STREAM = """
+def named(place):
+    def change(run):
+        file = run / "config.resolved.json"
+        content = json.loads(file.read_text())
+        content["values"]["metrics_out"]["value"] = place
+        file.write_text(json.dumps(content))
+    return change
+def pipe(name):
+    def change(run):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    return change
+os.mkfifo("pipe")
+CASES = [("a pipe", pipe(".codex/metrics.ndjson")), ("a segment", pipe(".codex/metrics.ndjson.00001")),
+         ("a packed segment", pipe(".codex/metrics.ndjson.00001.gz")), ("a history", pipe("metrics_history.jsonl")),
+         ("a device", named("/dev/zero")), ("a named pipe", named(os.path.abspath("pipe"))), ("a folder", named("/"))]
+"""
+
+
+def test_a_pipe_or_a_device_where_the_metrics_should_be(shell, work):
+    found = every_command(shell, work, f"import json, os\n{STREAM}")
+    for case in ("a pipe", "a segment", "a device", "a named pipe"):
+        for name in ("diff", "replay", "export"):
+            code, said = found[f"{case}: {name}"]
+            assert code == 2 and said.count("\n") == 1 and "it is not a regular file" in said, (case, name, said)
+
+
+def test_a_link_where_the_metrics_should_be(shell, work, third):
+    """Nothing is written through it, also where nothing is at its end; the run goes on and says so once."""
+    for target in (work.parent / "outside" / "canary", work.parent / "outside" / "new"):
+        shutil.rmtree(work / "again", ignore_errors=True)
+        shutil.copytree(work / "run", work / "again")
+        metrics = work / "again" / ".codex" / "metrics.ndjson"
+        metrics.unlink()
+        metrics.symlink_to(target)
+        command = shell.start(work, *MORE, "checkpoint.dir=again")
+        assert ended(command) == 0 and third in command.stdout
+        assert command.stderr.count("is a symbolic link") == 1 and "Training goes on" in command.stderr
+        found = every_command(shell, work, f"CASES = [('a link', lambda run: ((run/'.codex'/'metrics.ndjson').unlink(), "
+                                           f"(run/'.codex'/'metrics.ndjson').symlink_to({str(target)!r})))]")
+        shutil.rmtree(work / "good")
+        assert "is a symbolic link" in found["a link: resume"][1]
+
+
+def test_a_linked_folder_of_metrics(shell, work, third):
+    shutil.rmtree(work / "run" / ".codex")
+    (work / "run" / ".codex").symlink_to(work.parent / "outside")
+    assert goes_on(shell, work, ".codex is a symbolic link") == third
+
+
+def test_a_link_that_is_meant(shell, work, third):
+    """Whoever names a path has meant it."""
+    (work / "there").mkdir()
+    (work / "metrics.ndjson").symlink_to(work / "there" / "metrics.ndjson")
+    command = shell.start(work, *MORE, f"metrics_out={work / 'metrics.ndjson'}")
+    assert ended(command) == 0 and "symbolic link" not in command.stderr
+    assert (work / "there" / "metrics.ndjson").stat().st_size
+
+
+# ---- what is typed
+
+LONG = "x" * 5000
+TYPED = {"diff": ["diff", LONG, "run"], "replay": ["replay", LONG], "compare": ["compare", "run", LONG], "watch": ["watch", LONG, "--once"],
+         "export": ["export", LONG, "--to", "csv"], "export --dest": ["export", "run", "--to", "csv", "--dest", LONG],
+         "evaluate": ["evaluate", LONG], "verify": ["verify", LONG], "doctor": ["doctor", "--secrets", LONG],
+         "keys": ["keys", "list", "--keys", LONG], "train": ["train", *TINY[:4], f"checkpoint.dir={LONG}"],
+         "verify --keys": ["verify", "run", "--keys", LONG]}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_path_of_5000_characters(shell, work, name):
+    command = shell.start(work, script=f"import sys\nfrom codex_ml.cli.main import main\nsys.exit(main({TYPED[name]!r}))")
+    assert ended(command) in (2, 5)
+    assert command.stderr.count("\n") == 1 and len(command.stderr) < 400 and "Traceback" not in command.stderr, command.stderr
+    assert "too long" in command.stderr or "5,000" in command.stderr
+
+
+PIPED = {"verify": ["verify", "run"], "verify --json": ["verify", "run", "--json"], "train --help": ["train", "--help"],
+         "evaluate --help": ["evaluate", "--help"], "help": ["--help"], "diff": ["diff", "run", "run"], "replay": ["replay", "run"],
+         "compare": ["compare", "run", "run"], "watch": ["watch", "run", "--once"], "keys": ["keys", "list", "--keys", "run"],
+         "export": ["export", "run", "--to", "csv", "--dest", "a.csv"], "evaluate": ["evaluate", "run", "bootstrap=0"]}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_a_reader_that_has_read_enough(shell, work, name):
+    """As in `codex-ml verify run | true`: the code of what was done, and not a word."""
+    command = shell.start(work, script=f"""
+import os, sys
+source, out = os.pipe()
+os.dup2(out, 1)
+os.close(source), os.close(out)
+from codex_ml.cli.main import main
+code = main({PIPED[name]!r})
+sys.stdout.flush()
+sys.exit(code)""")
+    assert ended(command) == 0 and command.stderr == "", command.stderr
+
+
+def test_a_reader_that_went_away_before_it_was_done(shell, work):
+    command = shell.start(work, script="""
+import os, sys
+source, out = os.pipe()
+os.dup2(out, 1)
+os.close(source), os.close(out)
+from codex_ml.words import ended
+sys.exit(ended("mix", lambda: print("line\\n" * 100_000)))""")
+    assert ended(command) == 141 and command.stderr == "", command.stderr
+
+
+# ---- messages
+
+def test_a_tokenizer_that_is_none(shell, work, third):
+    (work / "run" / "tokenizer.json").write_text('{"nmae": "byte"}')
+    assert goes_on(shell, work, "run/tokenizer.json is not a tokenizer that can be used", "It is trained anew") == third
+
+
+def test_a_lock_that_is_a_link(shell, work):
+    (work / "run" / ".lock").unlink()
+    (work / "run" / ".lock").symlink_to(work / "text.txt")
+    refused(shell, work, *MORE, says=["run/.lock is a symbolic link", "delete the link"], code=5)
+    assert (work / "text.txt").read_text() == TEXT
+
+
+def test_a_start_that_is_refused_leaves_nothing(shell, work):
+    refused(shell, work, code=5, says=["a checkpoint of this run needs about"], script=f"""
+import collections, shutil, sys
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(1 << 30, 1 << 30, 1000)
+from codex_ml.cli.train import main
+sys.exit(main([*{TINY!r}, "checkpoint.dir=new/run"]))""")
+    assert not (work / "new").exists()

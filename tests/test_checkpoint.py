@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from codex_ml import durable
+from codex_ml.archive import canonical, deserialize, serialize
 from codex_ml.checkpoint import (
     CheckpointError,
-    canonical,
-    deserialize,
     drop_older_steps,
     list_checkpoints,
     load_checkpoint,
@@ -29,7 +28,6 @@ from codex_ml.checkpoint import (
     newest_verified,
     read_pointer,
     save_checkpoint,
-    serialize,
     verify_checkpoint,
     write_pointer,
 )
@@ -437,7 +435,7 @@ def test_a_failure_at_any_operation_of_a_save(tmp_path, monkeypatch, code):
         if checkpoint.epoch == 2:  # it was published, and the pointer could not be written
             published += 1
             shutil.rmtree(tmp_path / "epoch-0002")
-        write_pointer(tmp_path, {"epoch": 1, "path": first.name})
+        write_pointer(tmp_path, {"epoch": 1, "path": first.name, "checkpoint_sha256": first.sha256})
     assert k > 50 and 10 < published < 20
 
 
@@ -473,6 +471,47 @@ def test_a_state_that_cannot_be_saved_leaves_the_old(three):
     with pytest.raises(CheckpointError, match=r"state\['note'\]\[1\] is a builtins\.set"):
         save(three, 4, note=[1, {2}])
     assert listing(three) == ["epoch-0001", "epoch-0002", "epoch-0003", "latest.json", "latest.json.bak"]
+
+
+@pytest.mark.parametrize("slip", [
+    {"epoch": -3}, {"epoch": 3.0}, {"epoch": "3"}, {"epoch": True}, {"epoch": None}, {"epoch": 2}, {"checkpoint_sha256": "ab"},
+    {"checkpoint_sha256": None}, {"checkpoint_sha256": 5}, {"checkpoint_sha256": "ab" * 32},
+    {"global_step": 30.0}, {"checkpoint_bytes": 1},
+    {"model_params": 5}], ids=str)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_field_of_the_pointer_that_cannot_be_costs_a_line(three, slip, strict):
+    manifest = three / "epoch-0003/run_manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"model_params": 60}))
+    path, [field] = three / "latest.json", slip
+    facts = json.loads((three / "epoch-0003/metadata.json").read_text()) | {"model_params": 60}
+    whole = {name: facts[name] for name in ("created_at", "global_step", "checkpoint_bytes", "model_params")}
+    pointer = json.loads(path.read_text()) | whole
+    path.write_text(json.dumps(pointer))
+    assert read_pointer(three) == (pointer, [])
+    pointer |= slip
+    if slip == {"checkpoint_sha256": None}:  # and where it is missing
+        del pointer["checkpoint_sha256"]
+    path.write_text(json.dumps(pointer))
+    found, [problem] = read_pointer(three)
+    assert found and found["path"] == "epoch-0002", "the backup"
+    assert f"{path} cannot be used: {field}=" in problem and "only a shortcut" in problem and "\n" not in problem
+    checkpoint, _, problems = newest_verified(three, strict=strict)
+    assert checkpoint and checkpoint.name == "epoch-0003" and problems == [problem]
+
+
+def test_a_folder_stands_for_its_checkpoint(three, monkeypatch):
+    """As it does for `verify_run`: a path is what a person has."""
+    known = list_checkpoints(three)[0]
+    monkeypatch.chdir(known.folder)
+    for path in (known.folder, str(known.folder), f"{known.folder}/", "."):
+        assert verify_checkpoint(path) == known.sha256 and same(load_checkpoint(path), state_of(3))
+    with pytest.raises(CorruptFile, match="nowhere is no checkpoint: give a folder that is called like epoch-0003"):
+        verify_checkpoint(three / "nowhere")
+    with pytest.raises(CorruptFile, match="is no checkpoint"):
+        load_checkpoint(three)
+    (known.folder / "metadata.json").write_text("{")
+    with pytest.raises(CorruptFile, match="epoch-0003 cannot be verified"):
+        verify_checkpoint(known.folder)
 
 
 # ---- canonical bytes

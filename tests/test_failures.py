@@ -725,3 +725,22 @@ def test_a_resume_asks_for_no_sample_twice(tmp_path):
     for callbacks in ([StopAt(7)], []):
         train(tmp_path / "parts", data=parts, steps_per_epoch=5, epochs=2, callbacks=callbacks)
     assert parts.asked == whole.asked and len(set(whole.asked)) == 80
+
+
+def test_a_change_of_the_validation_data_alone_is_told(tmp_path, caplog):
+    """The model's bits do not depend on it, so the run goes on; its losses do."""
+    from codex_ml.train_loop import run_training
+
+    text, folder = "".join(f"{i} and {i % 7} make {i + i % 7}\n" for i in range(400)), tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text(text)
+    job = {"model": "tiny", "data": folder, "block_size": 16, "steps_per_epoch": 3, "progress": "off", "threads": 1,
+           "checkpoint_dir": tmp_path / "run", "resume": True}
+    run_training(**job, epochs=1)
+    with caplog.at_level("WARNING", "codex_ml"):
+        assert run_training(**job, epochs=2)["resume_meta"]["problems"] == [] and not caplog.records
+        (folder / "a.txt").write_text(text + "x\n")
+        result = run_training(**job, epochs=3)
+    [problem] = result["resume_meta"]["problems"]
+    assert result["resumed_from_epoch"] == 2 and "the validation data are not those of the checkpoint" in problem
+    assert [record.getMessage() for record in caplog.records] == [problem]

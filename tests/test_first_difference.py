@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from codex_ml import provenance
-from codex_ml.checkpoint import list_checkpoints
+from codex_ml.checkpoint import list_checkpoints, load_checkpoint, serialize
 from codex_ml.cli.main import main
 from codex_ml.data import Order
+from codex_ml.durable import sha256_file
+from codex_ml.fingerprints import digits, fold
 from codex_ml.first_difference import NothingToCompare, first_difference
 from codex_ml.recorded_steps import NoRun
 from codex_ml.train_loop import run_training
@@ -405,3 +407,119 @@ def test_nothing_in_common(bases: Callable[[str], Path], tmp_path: Path) -> None
         first_difference(bases("table"), empty)
     with pytest.raises(NoRun):
         first_difference(bases("table"), tmp_path)
+
+
+NAMES = ("on_nan", "git_sha", "env.CODEX_AUDIT", "lock_sha256", "scheduler.gamma", "block_size")
+
+
+def harmless(name: str) -> Case:
+    """Something that differs between any two runs, and changes no bit of these."""
+    if name in ("on_nan", "scheduler.gamma", "block_size"):
+        value = {"on_nan": "warn", "scheduler.gamma": 0.5, "block_size": 7}[name]
+        return Case("set", "configuration", name, change={name.replace(".", "_"): value})
+    if name == "lock_sha256":
+        return Case("set", "environment", name, manifest={name: "0" * 64})
+    return Case("set", "environment", name, variables={{"git_sha": "GIT_SHA", "env.CODEX_AUDIT": "CODEX_AUDIT"}[name]: "17"})
+
+
+REAL = {"a sample": ("batch", None, first_step_of(19), {"data": Table(spoilt=19)}),
+        "a first weight": ("weights", "layers.3.bias", 0, {"model": flipped("layers.3.bias", 22)}),
+        "a weight on the way": ("loss", None, 3, {"callbacks": [After(2, weight)]}),
+        "a rate on the way": ("learning rate", None, 3, {"callbacks": [After(2, rate)]}),
+        "a moment": ("weights", "layers.0.weight", 4, {"callbacks": [After(3, moment("layers.0.weight"))]}),
+        "a gradient": ("gradient", None, 3, {"model": hooked(3)}),
+        "a learning rate": ("configuration", "learning_rate", 1, {"learning_rate": 2e-3}),
+        "a decay": ("configuration", "weight_decay", 1, {"weight_decay": 0.02})}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("real", REAL)
+def test_what_is_harmless_does_not_stand_before_what_is_real(
+        name: str, real: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two things are planted, and the second is named; the first is in the report too."""
+    case, (kind, cause, step, change) = harmless(name), REAL[real]
+    for variable, value in case.variables.items():
+        monkeypatch.setenv(variable, value)
+    run = train(tmp_path / "b", "set", **case.change, **change)
+    for path in run.glob("*/run_manifest.json") if case.manifest else ():
+        path.write_text(json.dumps(_told(json.loads(path.read_text()), case.manifest)))
+    found = first_difference(bases("set"), run)
+    assert found.cause is not None and (found.cause.kind, found.step) == (kind, step), str(found)
+    assert cause in (None, found.cause.name), str(found)
+    other = next(one for one in found.findings if one.name == name)
+    assert other.role in ("possible", "harmless") and name in str(found) and not found.notes
+
+
+def test_a_real_cause_that_cannot_show_there_does_not_stand_first(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """A learning rate changes no first weight, a kernel no batch."""
+    found = first_difference(bases("table"), train(tmp_path / "b", "table", learning_rate=0.01, model=flipped("layers.0.bias", 3)))
+    assert found.step == 0 and found.cause is not None and found.cause.name == "layers.0.bias"
+    assert any(one.name == "learning_rate" and one.role == "cause" for one in found.findings)
+
+
+def test_versions_do_not_explain_a_sample(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "environment_fingerprint", lambda device: environment_fingerprint(device) | {"torch": "2.10.0"})
+    found = first_difference(bases("set"), train(tmp_path / "b", "set", data=Table(spoilt=7)))
+    assert found.cause is not None and found.cause.kind == "batch" and "torch: 2.1" in str(found).replace('"', "")
+
+
+def test_a_loss_that_is_not_finite_makes_on_nan_a_cause(tmp_path: Path) -> None:
+    class Broken:
+        def on_step_end(self, step: int, state: Any) -> None:
+            if step == 2:
+                state.model.get_parameter("layers.3.bias").data.fill_(float("nan"))
+
+    a = train(tmp_path / "a", "table", on_nan="ignore", callbacks=[Broken()])
+    b = train(tmp_path / "b", "table", on_nan="warn", callbacks=[Broken(), After(4, rate)])
+    found = first_difference(a, b)
+    assert next(one for one in found.findings if one.name == "on_nan").role == "cause", str(found)
+
+
+def test_a_commit_stands_first_only_with_a_remark(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else explains the first loss; so it may be the code, and the report says that it is not proved."""
+    monkeypatch.setenv("GIT_SHA", "abc")
+    monkeypatch.setenv("CODEX_AUDIT", "1")
+    found = first_difference(bases("table"), train(tmp_path / "b", "table", model=lambda: Net(scale=1.001)))
+    assert found.cause is not None and found.cause.name == "git_sha" and "the code may be another" in found.notes[0]
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run with one value of one tensor of one epoch's checkpoint edited, and its hash written anew."""
+    def make(folder: Path, epoch: int, tensor: str, **change: Any) -> Path:
+        run = train(folder, "table", epochs=3, **change)
+        path = run / f"epoch-{epoch:04d}"
+        state = torch.load(path / "checkpoint.pt")
+        state["model"][tensor].view(torch.int32).view(-1)[1] ^= 1 << 20
+        with open(path / "checkpoint.pt", "wb") as file:
+            serialize(state, file)
+        facts = json.loads((path / "metadata.json").read_text())
+        (path / "metadata.json").write_text(json.dumps(facts | {"checkpoint_sha256": sha256_file(path / "checkpoint.pt")}))
+        return run
+    return make
+
+
+def test_a_checkpoint_that_was_edited(edited: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps are equal, and the epochs after it: neither a commit nor a rate is why."""
+    a = train(tmp_path / "a", "table", epochs=3)
+    monkeypatch.setenv("GIT_SHA", "abc")
+    for fingerprints in (1, 0):
+        run = edited(tmp_path / f"b{fingerprints}", 2, "layers.3.bias", fingerprint_every_steps=fingerprints, on_nan="warn")
+        found = first_difference(a, run)
+        assert found.cause is not None and (found.cause.kind, found.cause.name) == ("weights", "layers.3.bias"), str(found)
+        assert found.tensor == "layers.3.bias" and "epoch-0002 differs, and what came after it is equal" in found.notes[0]
+        state = load_checkpoint(next(c for c in list_checkpoints(a) if c.name == "epoch-0002"))
+        assert found.cause.here == digits(int(fold(state["model"]["layers.3.bias"]))) != found.cause.there
+
+
+def test_the_tensor_that_is_farthest_is_named(tmp_path: Path) -> None:
+    """After the step in which all tensors came to differ, the one that was changed is farthest."""
+    def change(state: Any) -> None:
+        state.model.get_parameter("layers.3.bias").data[0] += 40.0
+
+    slow = {"learning_rate": 1e-4, "fingerprint_every_steps": 5}
+    a, b = train(tmp_path / "a", "table", **slow), train(tmp_path / "b", "table", **slow, callbacks=[After(2, change)])
+    found = first_difference(a, b)
+    assert found.step == 3 and found.tensor == "layers.3.bias", str(found)
+    weights = next(one for one in found.findings if one.kind == "weights")
+    assert weights.name == "layers.3.bias" and weights.step == 5 and weights.here != weights.there and len(weights.here) == 16

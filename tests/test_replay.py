@@ -1,21 +1,27 @@
 """Replays: the same bits where nothing changed, the first step and the reason where something did, and a run that is never touched."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_house as house
 import torch
 from runs import Augmented, StopAt, make_model
 
 from codex_ml import replay as room
+from codex_ml.checkpoint import serialize
 from codex_ml.cli.main import main
+from codex_ml.durable import CorruptFile, sha256_file
 from codex_ml.recorded_steps import NoRun
 from codex_ml.replay import ReplayError, replay
-from codex_ml.train_loop import run_training
+from codex_ml.stretches import NotRecorded
+from codex_ml.train_loop import EXIT_CODES, run_training
 from codex_ml.utils.determinism import environment_fingerprint
 
 OBJECTS: dict[str, Any] = {"model": lambda: make_model("dropout"), "data": Augmented("numpy")}  # 6 steps an epoch
@@ -97,11 +103,10 @@ def test_a_broken_checkpoint_before_it_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_hash_that_nobody_came_to(tmp_path: Path) -> None:
-    train(tmp_path)
-    path = tmp_path / "epoch-0002/metadata.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"checkpoint_sha256": "0" * 64}))
-    found = replay(tmp_path, epoch=2, **OBJECTS)
+    result = train(tmp_path)
+    for path in (tmp_path / "epoch-0004/metadata.json", tmp_path / "latest.json", tmp_path / ".codex/metrics.ndjson"):
+        path.write_text(path.read_text().replace(result["checkpoint_sha256_last"], "0" * 64))
+    found = replay(tmp_path, **OBJECTS)
     assert not found.same and found.exit_code == 6 and found.differences == [] and "0" * 64 in str(found)
 
 
@@ -211,3 +216,158 @@ def test_the_folder_of_a_replay_goes(text_run: Path, tmp_path: Path, monkeypatch
     with pytest.raises(ReplayError):
         replay(text_run, model=lambda: torch.nn.Linear(2, 2), fresh=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def swap(run: Path, epoch: int) -> tuple[str, str]:
+    """Change one bit of a weight of an epoch's checkpoint, and its hash in metadata; the hash that was, and the one that is."""
+    folder = run / f"epoch-{epoch:04d}"
+    state = torch.load(folder / "checkpoint.pt")
+    next(t for t in state["model"].values() if t.is_floating_point()).view(torch.int32).view(-1)[0] ^= 1 << 20
+    with open(folder / "checkpoint.pt", "wb") as file:
+        serialize(state, file)
+    facts = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(facts | {"checkpoint_sha256": sha256_file(folder / "checkpoint.pt")}))
+    return facts["checkpoint_sha256"], sha256_file(folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("metrics", [".codex/metrics.ndjson", None])
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_checkpoint_that_is_not_the_recorded_one_is_named(tmp_path: Path, epoch: int, metrics: str | None) -> None:
+    """As the start of a stretch and as its end; the code is not blamed. Its child, and the stream, tell."""
+    train(tmp_path, metrics_out=metrics)
+    was, now = swap(tmp_path, 2)
+    with pytest.raises(NotRecorded, match=f"epoch-0002 is not the checkpoint that this run recorded: {now} stands in epoch") as told:
+        replay(tmp_path, epoch=epoch, **OBJECTS)
+    said = str(told.value)
+    assert f"{was} stands in epoch-0003/metadata.json (as its parent)" in said and "look at the code" not in said
+    assert ("the file of metrics" in said) == (metrics is not None)
+    assert replay(tmp_path, epoch=4, **OBJECTS).same
+
+
+def test_a_newest_checkpoint_that_is_not_the_recorded_one(text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    was, now = swap(run, 2)
+    for words in ([], ["--to-step", str(json.loads((run / "epoch-0002/metadata.json").read_text())["global_step"])]):
+        assert main(["replay", str(run), *words]) == 6
+        said = capsys.readouterr().err
+        assert was in said and now in said and "latest.json and in the file of metrics" in said
+    assert main(["replay", str(run), "--epoch", "1"]) == 0
+
+
+def test_an_epoch_that_was_trained_anew_is_the_one_that_counts(tmp_path: Path) -> None:
+    """The stream still tells of the epoch that was there before, which its owner took away; the process that made the second was killed
+    before it could tell."""
+    train(tmp_path, epochs=2)
+    shutil.rmtree(tmp_path / "epoch-0002")
+    train(tmp_path, epochs=2, resume=True, learning_rate=0.02, checkpoint_allow_drift=True)
+    stream = tmp_path / ".codex/metrics.ndjson"
+    lines = [line for line in stream.read_text().splitlines() if '"checkpoint"' not in line or "epoch-0002" not in line]
+    first = next(line for line in stream.read_text().splitlines() if '"checkpoint"' in line and "epoch-0002" in line)
+    at = next(i for i, line in enumerate(lines) if '"run_end"' in line)
+    stream.write_text("\n".join([*lines[:at], first, *lines[at:]]) + "\n")
+    assert replay(tmp_path, epoch=2, **OBJECTS).same and replay(tmp_path, epoch=1, **OBJECTS).same
+
+
+DRIFTED = {"learning_rate": 0.02, "batch_size": 4, "checkpoint_allow_drift": True}
+
+
+@pytest.mark.parametrize("metrics", [".codex/metrics.ndjson", None])
+def test_a_run_that_went_on_with_another_configuration(tmp_path: Path, metrics: str | None) -> None:
+    """Each stretch is run again as it was, also one that leads over the place where it changed."""
+    train(tmp_path, epochs=1, scheduler_cfg=None, metrics_out=metrics)
+    train(tmp_path, epochs=3, resume=True, scheduler_cfg=None, metrics_out=metrics, **DRIFTED)
+    train(tmp_path, epochs=4, resume=True, scheduler_cfg=None, metrics_out=metrics, **DRIFTED | {"learning_rate": 0.03})
+    for epoch in (1, 2, 3, 4, None):
+        found = replay(tmp_path, epoch=epoch, **OBJECTS)
+        assert found.same, str(found)
+    for gone in (1, 3):  # the first and the third were pruned: from the beginning, over both changes
+        shutil.rmtree(tmp_path / f"epoch-{gone:04d}")
+    if metrics:
+        shutil.rmtree(tmp_path / "epoch-0002")
+        found = replay(tmp_path, **OBJECTS)
+        assert found.same and found.start is None and found.steps == found.compared == 6 + 12 * 3
+        assert replay(tmp_path, epoch=2, **OBJECTS).same and replay(tmp_path, from_step=3, to_step=15, **OBJECTS).same
+
+
+def test_a_change_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    train(tmp_path, epochs=2, callbacks=[StopAt(9)])
+    train(tmp_path, epochs=2, resume=True, learning_rate=0.02, checkpoint_allow_drift=True)
+    found = replay(tmp_path, epoch=2, **OBJECTS)
+    assert found.same and found.start == "epoch-0001" and found.steps == 6
+
+
+def test_the_advice_is_that_of_a_replay(tmp_path: Path) -> None:
+    train(tmp_path, epochs=2)
+    train(tmp_path, epochs=3, resume=True, learning_rate=0.02, checkpoint_allow_drift=True)
+    changes = [{"data": (torch.randn(46, 6), torch.zeros(46).long())}, {"model": lambda: torch.nn.Linear(6, 3)}]
+    for epoch in (1, 2, 3):
+        for change in changes[:1 + (epoch > 1)]:  # from the beginning, names and shapes are not known
+            with pytest.raises(ReplayError, match="A replay takes what the run had") as told:
+                replay(tmp_path, epoch=epoch, **OBJECTS | change)
+            assert "checkpoint." not in str(told.value) and "asked for now" not in str(told.value)
+
+
+def test_no_step_is_done_with_other_data(tmp_path: Path) -> None:
+    train(tmp_path, epochs=1)
+    steps: list[int] = []
+    count = type("Count", (), {"on_step_end": lambda self, step, state: steps.append(step)})()
+    with pytest.raises(ReplayError, match="given now"):
+        replay(tmp_path, callbacks=[count], **OBJECTS | {"data": (torch.randn(46, 6), torch.zeros(46).long())})
+    assert steps == []
+
+
+@pytest.mark.parametrize("key, value", [("model_args", {"foo": 1}), ("optimizer_args", {"foo": 1}), ("model_name", "no such"),
+                                        ("optimizer", "no such"), ("tokenizer", "no such"), ("scheduler.type", "no such"),
+                                        ("learning_rate", "fast"), ("data", "/nowhere/at/all"), ("block_size", 10**9)])
+def test_what_a_training_refuses_is_told_in_a_line(
+        text_run: Path, tmp_path: Path, key: str, value: Any, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    shutil.rmtree(run / ".codex")
+    resolved = json.loads((run / "config.resolved.json").read_text())
+    resolved["values"][key]["value"] = value
+    resolved["identity"].pop(key, None)
+    (run / "config.resolved.json").write_text(json.dumps(resolved))
+    for path in run.glob("epoch-*/metadata.json"):
+        facts = json.loads(path.read_text())
+        facts["identity"].pop(key, None)
+        path.write_text(json.dumps(facts))
+    assert main(["replay", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be run again here" in said and "Traceback" not in said
+
+
+def test_every_error_of_the_package_has_an_exit_code() -> None:
+    """Those of what lies below `train_loop`, which a run can raise; the others belong to another command."""
+    root = Path(room.__file__).parent
+    modules = sorted(".".join(("codex_ml", *p.relative_to(root).with_suffix("").parts)) for p in root.rglob("*.py"))
+    below = {m.name for m in house.modules() if m.number < 56}
+    own = {kind for name in modules if name in below for kind in vars(importlib.import_module(name)).values()
+           if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__ == name and not kind.__name__.startswith("_")}
+    elsewhere = {"MetricError", "NotFinite", "IntegrityError", "SchemaError", "CommandFailed", "NotAFile"}
+    assert {kind.__name__ for kind in own if not issubclass(kind, (CorruptFile, *EXIT_CODES))} == elsewhere
+
+
+def test_a_pipe_in_the_place_of_the_stream(text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    (run / ".codex/metrics.ndjson").unlink()
+    os.mkfifo(run / ".codex/metrics.ndjson")
+    assert main(["replay", str(run)]) in (0, 2) and main(["diff", str(run), str(text_run)]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_stream_tells_where_an_epoch_ended(tmp_path: Path) -> None:
+    """The checkpoint is gone, and the stream has its hash."""
+    train(tmp_path)
+    shutil.rmtree(tmp_path / "epoch-0003")
+    found = replay(tmp_path, to_step=18, **OBJECTS)
+    assert found.same and found.target == "epoch-0003" and found.recorded == found.found and "no checkpoint" not in str(found)
+
+
+@pytest.mark.parametrize("words, said", [({"epoch": -1}, "no epoch -1: they are counted"), ({"to_step": -2}, "no step -2: they"),
+                                         ({"to_step": 0}, "no step 0: they")])
+def test_numbers_that_no_epoch_and_no_step_has(trained: Path, words: dict[str, int], said: str) -> None:
+    with pytest.raises(ReplayError, match=said):
+        replay(trained, **words, **OBJECTS)

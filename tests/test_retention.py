@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codex_ml.checkpoint import Checkpoint, list_checkpoints, save_checkpoint, write_pointer
 from codex_ml.config import RetentionConfig
+from codex_ml.train_loop import run_training
 from codex_ml.utils import retention
 from codex_ml.utils.retention import plan_retention, protected_names, prune_checkpoints
 
@@ -110,6 +112,35 @@ def test_a_byte_budget(tmp_path):
     assert epochs(tmp_path) == [3, 4, 5]
 
 
+@pytest.mark.parametrize("budget", [10, 10**9])
+def test_a_budget_that_cannot_hold_is_told_before_the_first_step_and_in_the_report(tmp_path, caplog, budget):
+    seen = []
+
+    class Look:
+        def on_train_start(self, state):
+            seen.extend(record.getMessage() for record in caplog.records if "max_bytes" in record.getMessage())
+
+    x = torch.randn(20, 4)
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        result = run_training(model="mlp", data=(x, (x.sum(1) > 0).long()), epochs=2, progress="off", threads=1, callbacks=[Look()],
+                              checkpoint_dir=tmp_path, checkpoint_retention_max_bytes=budget)
+    report = result["retention_last"]
+    assert report["bytes"] == sum((tmp_path / name / "checkpoint.pt").stat().st_size for name in report["kept"])
+    assert report["over_max_bytes"] == max(0, report["bytes"] - budget)
+    if budget == 10:
+        assert len(seen) == 1 and "checkpoint.retention.max_bytes=10 cannot hold what must stay" in seen[0] and "about" in seen[0]
+    else:
+        assert seen == []
+
+
+@pytest.mark.parametrize(("budget", "epochs", "said"), [
+    (199, 2, "where they are two"), (99, 2, "cannot hold what must stay"), (99, 1, "an epoch has about 100 bytes"), (100, 1, None),
+    (200, 9, None), (None, 9, None)])
+def test_what_a_budget_cannot_hold(budget, epochs, said):
+    problem = retention.budget_problem(RetentionConfig(max_bytes=budget), epochs, 100)
+    assert problem is None if said is None else said in problem
+
+
 # ---- what must stay
 
 def test_the_best_stays(tmp_path):
@@ -137,7 +168,7 @@ def test_metadata_of_the_wrong_kind(tmp_path, changes):
 
 def test_the_one_the_pointer_names_stays(tmp_path):
     fill(tmp_path, [3, 2, 1, 0])
-    write_pointer(tmp_path, {"epoch": 2, "path": "epoch-0002"})
+    write_pointer(tmp_path, {"epoch": 2, "path": "epoch-0002", "checkpoint_sha256": list_checkpoints(tmp_path)[2].sha256})
     report = prune_checkpoints(tmp_path, keep_last=1)
     assert epochs(tmp_path) == [2, 4] and report["protected_latest"] == "epoch-0002"
     (tmp_path / "latest.json").write_text("{")
@@ -148,7 +179,7 @@ def test_the_one_the_pointer_names_stays(tmp_path):
 
 def test_a_pointer_to_what_is_not_there(tmp_path):
     fill(tmp_path, [3, 2, 1])
-    write_pointer(tmp_path, {"epoch": 9, "path": "epoch-0009"})
+    write_pointer(tmp_path, {"epoch": 9, "path": "epoch-0009", "checkpoint_sha256": "ab" * 32})
     assert prune_checkpoints(tmp_path, keep_last=1)["protected_latest"] == "epoch-0003"
 
 
@@ -283,7 +314,8 @@ def test_a_death_in_the_middle_leaves_whole_checkpoints(tmp_path, after):
 
 
 def test_an_empty_and_a_missing_folder(tmp_path):
-    empty = {"total": 0, "kept": [], "pruned": [], "protected_latest": None, "dry_run": False, "failed": []}
+    empty = {"total": 0, "kept": [], "pruned": [], "protected_latest": None, "dry_run": False, "failed": [], "bytes": 0,
+             "over_max_bytes": 0}
     assert prune_checkpoints(tmp_path, keep_last=1) == empty == prune_checkpoints(tmp_path / "no", keep_last=1)
 
 

@@ -27,6 +27,7 @@ from codex_ml.config import TrainConfig, flatten
 from codex_ml.provenance import environment, run_manifest
 from codex_ml.secret_scan import BASELINE, files_in, read_baseline, scan, write_baseline
 from codex_ml.secrets import Redactor, is_secret_name, redact
+from codex_ml.strict_json import json_text, plain
 from codex_ml.telemetry.record import event_record, scalar_record
 from codex_ml.telemetry.sinks import Sinks
 from codex_ml.train_loop import run_training
@@ -46,6 +47,7 @@ PLANTED = {
     "password in a URL": "postgresql://me:" + "s3same-open" + "@db.example/x",
     "private key": "-----BEGIN RSA PRIVATE" + " KEY-----\nMIIEow" + A + "\n-----END RSA PRIVATE" + " KEY-----",
     "private key 2": "-----BEGIN OPENSSH PRIVATE" + " KEY-----\n" + A + "\n" + A,
+    "bot token": "https://api.telegram.org/bot123456789:" + A[:35], "signature in a URL": "https://s/x?se=2026&sig=" + A[:43] + "%3D",
 }
 CORE = {"AWS key": 10, "storage key": 20, "bearer token": 12, "password in a URL": 0}
 
@@ -67,7 +69,7 @@ def either(request, monkeypatch):
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_secret_is_taken_out(either, kind):
     text = PLANTED[kind]
-    for around in ("{}", "before {} after", "a\n{}\nb", '"{}"', "x={},y"):
+    for around in ("{}", "before {} after", "a\n{}\nb", '"{}"', "x={},y", "my_{}", "sx/run_{}", "'\\n{}'", "\x1b[31m{}"):
         clean = Redactor({}).text(around.format(text))
         assert core(text) not in clean and f"[redacted: {kind.rstrip(' 23')}]" in clean, clean
         assert Redactor({}).text(clean) == clean
@@ -79,12 +81,29 @@ def test_a_planted_secret_is_taken_out(either, kind):
                                   "--secret=x1y2",
                                   "model_args.api_key=k-1", "AWS_SECRET_ACCESS_KEY=wJalrX/K7MD", "passwd: hunter2!",
                                   'say \\"password\\": \\"hunter2\\"',
-                                  "client_secret='it\"s'", "DB_PASS=x9"))
+                                  "client_secret='it\"s'", "DB_PASS=x9", "see https://h/p?access_token=abc", "url=https://h?token=abc",
+                                  "error:password=hunter2", "a=b:c=api_key=k-1", "403 for url: https://h/p?x=1&api_key=k-1: no",
+                                  "https%3A%2F%2Fh%3Faccess_token%3Dabc%26x", "'no\\napi_key=k-1'", "login --password hunter2 -v",
+                                  "--api-key k-1", "Command '['x', '--token', 'abc']' failed", "-password 'hunter2'",
+                                  "Cookie: s=abc; x9=k-1", "API_KEY := k-1", 'password="hunter2',
+                                  "curl -H 'Authorization: Bearer abc'", 'os.environ["API_KEY"] = "abc"',
+                                  "ENV DB_PASSWORD hunter2", "pin=19x9".replace("x", "0")))
 def test_a_named_value_in_a_text(either, text):
     clean = Redactor({}).text(text)
     assert "[redacted: key name]" in clean
-    for value in ("hunter2", "k-1", "abc", "dXNlcjpwYXNz", "x1y2", "wJalrX", "it\"s", "x9"):
+    for value in ("hunter2", "k-1", "abc", "dXNlcjpwYXNz", "x1y2", "wJalrX", "it\"s", "x9", "1909"):
         assert value not in clean
+    assert Redactor({}).text(clean) == clean
+
+
+@pytest.mark.parametrize("token", ("ghp_" + "a1B2" * 9, "hf_" + "q1W2" * 9, "glpat-" + "aB3dE" * 4,
+                                   "SG." + "a1" * 11 + "." + "b2" * 21 + "c"))
+def test_every_occurrence_goes_whole(token):
+    if token.startswith("SG."):
+        pytest.importorskip("detect_secrets")
+    clean = Redactor({}).text(f"my_{token} and /runs/{token}/{token}, once more my_{token}")
+    assert "a1" not in clean and token[-8:] not in clean and clean.count("[redacted: ") == 4
+    assert Redactor({}).text(f"x_{'ghp_' + 'a1B2' * 9}_loss") == "x_[redacted: GitHub token]_loss", "two metrics stay two"
 
 
 def test_the_environments_own_values_wherever_they_turn_up():
@@ -97,7 +116,29 @@ def test_the_environments_own_values_wherever_they_turn_up():
         assert "[redacted: environment " in redactor.text(text)
     for text in ("kurz", "/home/me/project", "/bin:/usr", "abcd12345", "xabcd1234"):
         assert redactor.text(text) == text
+    assert redactor.text("run_abcd1234_loss") == "run_[redacted: environment SSH_TOKEN]_loss"
     assert redactor({"a": ["0123456789abcdef0123"]}) == {"a": ["[redacted: environment WANDB_API_KEY]"]}
+
+
+def test_secrets_inside_the_environments_values_and_short_ones():
+    redactor = Redactor({"DATABASE_URL": "postgres://me:" + "hunter22@db/x", "PIP_INDEX_URL": "https://me:" + "p%40ss12@pypi/x",
+                         "STORE": "Server=x;Password=Zx81zz;", "A_PASSWORD": "ab12cd", "B_PASSWORD": "admin", "C_TOKEN": "123456",
+                         "D_TOKEN": "a-1"})
+    for text, name in (("user me, hunter22", "DATABASE_URL"), ("p%40ss12!", "PIP_INDEX_URL"), ("p@ss12!", "PIP_INDEX_URL"),
+                       ("Zx81zz", "STORE"), ("no ab12cd", "A_PASSWORD")):
+        assert f"[redacted: environment {name}]" in redactor.text(text)
+    for text in ("the admin", "step 123456", "gpt a-1", "me", "Server"):
+        assert redactor.text(text) is text
+
+
+def test_secrets_in_lists_of_words_and_in_named_values():
+    assert redact(["x", "--password", "hunter2", "--steps", "5"]) == ["x", "--password", "[redacted: key name]", "--steps", "5"]
+    assert redact([{"name": "api_key", "value": "k"}, {"key": "seed", "value": "k"}]) == [
+        {"name": "api_key", "value": "[redacted: key name]"}, {"key": "seed", "value": "k"}]
+    names = ("wandb_key", "openai_key", "OPENAI_KEY", "hf_key", "hugging_face_key", "cookie", "Set-Cookie", "session_cookie", "github.key")
+    assert redact(dict.fromkeys(names, "k1")) == dict.fromkeys(names, "[redacted: key name]")
+    pins = {"pin": "1234", "user_pin": 1234, "led_pin": 13, "pins": {"pin": "v1.2"}, "pin_memory": True, "pin_memory_device": "cuda"}
+    assert redact(pins) == pins | {"pin": "[redacted: key name]", "user_pin": "[redacted: key name]"}
 
 
 # ---- no false alarm
@@ -112,7 +153,14 @@ HARMLESS = ["sha256:" + "ab12" * 16, "0f3a" * 8, "550e8400-e29b-41d4-a716-446655
             "sk-learn-like-names-are-no-keys", "token=${HF_TOKEN}", "password=<yours>", "AKIA", "eyJ", "layers.0.attention.key.weight",
             "max_new_tokens=64",
             "no secrets in here", "sha256 d2c1f0", "model_args.key_dim=64", "cosine", "a b=c d:e", "x" * 5000, "0" * 64,
-            "/work/data/tokens-2026.jsonl"]
+            "/work/data/tokens-2026.jsonl", "use --password to log in", "give --api-key KEY or set it", "--password: expected one argument",
+            "codex-ml doctor --secrets runs/a1", "pin_memory=True", "--pin-memory 1234", "pin: v1.2", "token_count=123456", "monkey=abcd1",
+            "author=me@x.org", "authors: a1b2c3", "keyboard=de1", "secretary: a1b2c3", "passenger=a1b2c3", "compass: north1",
+            "hockey_key=c4", "std::token::next", "cookie policy: none", "2026-11-24 08:30:00:12345",
+            "https://h/p?tokenizer=byte&max_new_tokens=64", "http://localhost:8080/a@b", "git+ssh://git@github.com:org/repo@v1",
+            "docker://host:5000/image@sha256", "postgres://me:${DB_PASSWORD}@h/x", "https://me:{password}@h",
+            "Authorization: Bearer tokens are", "lengths_" + "0f3a" * 10, "pip install tokenizers==0.21.4",
+            "the pin: out of order", "metrics/val_token_accuracy=0.51", "loss: 2.5, tokens: 120000", "key: sort_by_length", "a[key]=value1"]
 
 
 @pytest.mark.parametrize("text", HARMLESS)
@@ -126,7 +174,8 @@ def test_the_projects_own_configurations_and_manifests_are_left(either):
     manifest = run_manifest(environment=environment(), data_fingerprint="sha256:" + "9f" * 32, model_params=10)
     redactor = Redactor({})
     assert redactor(flat) is flat and redactor(manifest) is manifest
-    for path in (ROOT / "settings.ini", ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "tests/golden.json"):
+    for path in (ROOT / "settings.ini", ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "tests/golden.json", ROOT / "README.md",
+                 ROOT / "CHANGELOG.md", ROOT / "LICENSE", ROOT / "Makefile"):
         for line in path.read_text().splitlines():
             assert redactor.text(line) == line
     assert not [key for key in flat if is_secret_name(key)]
@@ -169,6 +218,19 @@ def test_no_text_takes_long():
         assert time.perf_counter() - begun < 5, text[:20]
 
 
+@settings(max_examples=150, deadline=None)
+@given(trees, st.text())
+def test_where_the_redactor_was_the_doctor_finds_nothing(tmp_path_factory, tree, text):
+    folder = tmp_path_factory.getbasetemp() / "agree"
+    folder.mkdir(exist_ok=True)
+    value = {"a": tree, "note": text, "source": f"https://h?token={text}", "secret_file": "x.pem.old", "password_length": "12",
+             "api_key_of": "me", "list": ["--password", text], "e": {"name": "pin", "value": text}}
+    clean = redact(plain(value))
+    (folder / "config.snapshot.json").write_text(json_text(clean))
+    (folder / "metrics.ndjson").write_text(json.dumps(clean) + "\n")
+    assert scan(files_in(folder), folder) == []
+
+
 # ---- a scalar costs next to nothing
 
 
@@ -181,6 +243,10 @@ def test_a_number_is_not_held_up():
             redactor.record(record)
         best = min(best, (time.perf_counter() - begun) / 2000)
     assert redactor.record(record) is record
+    tagged = scalar_record("0f3a", 10, "train", "loss", 2.5, tags={"phase": "train"})
+    assert redactor.record(tagged) is tagged and redactor.record(tagged) is tagged
+    for hidden in (scalar_record("0f3a", 1, "train", "api_key", "train"), scalar_record("0f3a", 1, "x", "m", 1.0, tags={"token": "train"})):
+        assert redactor.record(hidden) is not hidden, "a text that is harmless elsewhere is none under the name of a secret"
     assert best < 1.5e-6, f"{best * 1e6:.2f} µs a scalar"  # 0.5 on a machine of its own
 
 
@@ -230,12 +296,18 @@ def everything(folder):
     return found
 
 
+URL_TOKEN = "Qw3rTy88" + "SecretVal"
+
+
 class Talks:
     """A callback with a secret in all that it says."""
 
+    def on_train_end(self, state):
+        raise OSError(f"403 Client Error: Forbidden for url: https://hub/data?access_token={URL_TOKEN}")
+
     def on_epoch_end(self, epoch, metrics, state):
         logging.getLogger("codex_ml").warning("the store says: token %s", HF)
-        return {"note": KEY}
+        return {"note": KEY, f"loss_{'ghp_' + A[:36]}": 1.0}
 
 
 def job(folder, **keywords):
@@ -252,7 +324,7 @@ def test_a_whole_run_writes_no_secret(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("STORE_PASSWORD", KEY)
     monkeypatch.setenv("GIT_SHA", HF)  # somebody took the wrong variable
     told = {"epochs": 2, "store": {"password": "hunter22", "url": "https://me:geheim1@store/x"}, "note": f"use {HF}",
-            "model_args": {"dropout": 0.1},
+            "model_args": {"dropout": 0.1}, "source": f"https://hub/data?access_token={URL_TOKEN}",
             "checkpoint": {"dir": str(tmp_path / "run")}, KEY: 1}
     first = job(tmp_path / "run", run_config=told, callbacks=[Talks()])
     plain = job(tmp_path / "plain", run_config={"model_args": {"dropout": 0.1}})
@@ -261,8 +333,11 @@ def test_a_whole_run_writes_no_secret(tmp_path, monkeypatch, caplog):
     files = everything(tmp_path / "run")
     assert len(files) > 12
     for path, content in files.items():
-        for secret in (HF, KEY, "hunter22", "geheim1"):
+        for secret in (HF, KEY, "hunter22", "geheim1", URL_TOKEN, A[:36]):
             assert secret.encode() not in content, path
+    assert URL_TOKEN not in caplog.text and "https://hub/data?access_token=[redacted: key name]" in caplog.text
+    told_error = first["callback_errors"][0]["error"]
+    assert told_error.endswith("for url: https://hub/data?access_token=[redacted: key name]")
     assert HF not in caplog.text and "[redacted: Hugging Face token]" in caplog.text
     snapshot = json.loads((tmp_path / "run" / "config.snapshot.json").read_text())
     assert snapshot["store"] == {"password": "[redacted: key name]", "url": "https://me:[redacted: password in a URL]@store/x"}
@@ -298,10 +373,18 @@ def test_a_log_and_its_tracebacks():
         except ValueError:
             log.exception("cannot store with password=%s", "hunter22")
         log.warning("100%% of %s", "it")
+        logging.getLogger("codex_ml.sub.part").warning("below: %s", HF, stack_info=True)
     finally:
         log.removeHandler(handler)
     text = stream.getvalue()
-    assert HF not in text and "hunter22" not in text and "Traceback" in text and "100% of it" in text
+    assert HF not in text and "hunter22" not in text and "Traceback" in text and "100% of it" in text and "below: [redacted: " in text
+
+
+def test_the_log_of_others_is_theirs(caplog):
+    logging.getLogger("codex_mlx").warning("password=%s", "hunter33")
+    importlib.reload(secrets)  # as a notebook does: records are made once, and still without secrets
+    logging.getLogger("codex_ml.x").warning("password=%s", "hunter44")
+    assert "password=hunter33" in caplog.text and "hunter44" not in caplog.text
 
 
 # ---- the command line
@@ -336,13 +419,23 @@ def test_an_unexpected_error_shows_its_traceback_without_secrets(shell, work):
     script = f"""
 import sys
 import codex_ml.cli.train as train
-def broken(words): raise RuntimeError("cannot reach https://me:geheim1@store with {HF}")
+def broken(*words): raise RuntimeError("cannot reach https://me:geheim1@store with {HF}")
 train._train = broken
 sys.exit(train.main(["epochs=1"]))
 """
     code, _, err = shell.run(work, script=script)
     assert code == 1 and "Traceback" in err and "in broken" in err and "[redacted: Hugging Face token]" in err
     assert HF not in err and "geheim1" not in err
+
+
+def test_the_report_of_a_run_has_no_secret(shell, work):
+    (work / "text.txt").write_text("one two three four five six seven\n" * 60)
+    token = "ghp_" + A[:36]
+    words = ["data=text.txt", "model_name=tiny", "block_size=16", "epochs=1", "steps_per_epoch=2", "batch_size=2", "progress=off",
+             f"checkpoint.dir=sx/{token}"]
+    code, out, err = shell.run(work, script=f"import sys\nfrom codex_ml.cli.train import main\nsys.exit(main({words!r}))")
+    assert code == 0, err
+    assert token not in out + err and "sx/[redacted: GitHub token]/epoch-0001" in out
 
 
 # ---- every other command
@@ -406,6 +499,11 @@ def test_a_value_of_the_configuration_in_an_error_is_without_secrets(told_run, t
     shutil.copytree(told_run, run)
     monkeypatch.setenv("STORE_PASSWORD", KEY)
     set_value(run, name, value)
+    for file in run.glob("epoch-*/metadata.json"):  # a replay goes by what each stretch of the run was
+        told = json.loads(file.read_text())
+        if name in told["identity"]:
+            told["identity"][name] = value
+            file.write_text(json.dumps(told))
     (run / "tokenizer.json").unlink(missing_ok=True)
     for file in run.glob(".codex/*"):  # where the configuration stands once more, as it was
         file.unlink()
@@ -476,8 +574,11 @@ def test_the_doctor_names_file_line_and_kind_and_never_the_secret(tmp_path, caps
     code, out = doctor(tmp_path, capsys=capsys)
     assert code == 6
     lines = [line for line in out.splitlines() if ": " in line and line[0] != "6"]
-    assert [line.split(":")[0] for line in lines if not line.startswith("6 ")][:5] == [".env", "a.ipynb", "a.ipynb", "b.ipynb", "c.ipynb"]
-    assert "b.ipynb:15: GitHub token" in out and "metrics.ndjson.1.gz:2: AWS key" in out and "x.py" not in out and "weights" not in out
+    found = [line.split(":")[0] for line in lines if line.count(":") == 2]
+    assert found == [".env", "a.ipynb", "b.ipynb", "c.ipynb", "metrics.ndjson.1.gz"], "each once"
+    assert "6 files, 5 secrets" in out
+    assert "b.ipynb:15: GitHub token" in out and "metrics.ndjson.1.gz:2: AWS key" in out and "x.py" not in out
+    assert out.endswith("; not looked at: weights.bin (not a text)\n")
     for secret in (HF, PLANTED["GitHub token"], PLANTED["AWS key"], "abcd-1234", "0123456789abcdef"):
         assert secret not in out
     assert doctor(tmp_path / "a.ipynb", capsys=capsys)[0] == 6
@@ -488,6 +589,79 @@ def test_the_doctor_names_file_line_and_kind_and_never_the_secret(tmp_path, caps
     assert code == 6 and "d.ipynb" in out and "a.ipynb" not in out
 
 
+@pytest.mark.parametrize(("name", "text"), (
+    ("Dockerfile", "FROM x\nENV DB_PASSWORD=hunter22x\n"), ("Dockerfile", "FROM x\nENV DB_PASSWORD hunter22x\n"),
+    ("a.sh", "set -e\nexport DB_PASSWORD=hunter22x\n"), ("a.sh", "set -e\ncurl --password hunter22x\n"),
+    ("plain", "x\npassword=hunter22x\n"), ("Makefile", "x:\nTOKEN ?= hunter22x\n"),
+    ("notes.txt", "see\nhttps://h/p?access_token=hunter22x\n"), ("a.py", "x\nu = 'https://h/p?access_token=hunter22x'\n"),
+    ("a.py", "x\nrun(['--password', 'hunter22x'])\n"), ("a.md", "see\n    export DB_PASSWORD=hunter22x\n"),
+    ("a.yaml", "x:\n  password: hunter22x\n"), ("a.json", '{\n "password": "hunter22x"\n}'),
+    ("a.json", '{\n "note": "a password=hunter22x"\n}')), ids=range(13))  # an id of their own: what runs stands in the environment
+def test_where_the_doctor_has_to_look(tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    code, out = doctor(tmp_path, capsys=capsys)
+    assert code == 6 and out.startswith(f"{name}:2: key name\n1 files, 1 secret:"), out
+
+
+@pytest.mark.parametrize(("name", "text"), (
+    ("a.sh", "export TOKEN=$1 PASSWORD=$password API_KEY=$(cat key)\n"), ("a.py", "login(password=args.password1, token=token)\n"),
+    ("a.md", "`doctor --secrets runs/a1` and `--password`: see there\n"), ("Makefile", "TOKEN := $(shell cat x)\n"),
+    ("flow.yml", "token: ${{ secrets.TOKEN }}\n"), ("plain", "key = value\nauthor: somebody1\n"), ("a.py", "API_KEY=os.environ\n")),
+                         ids=range(7))
+def test_where_the_doctor_sees_none(tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    assert doctor(tmp_path, capsys=capsys) == (0, "1 files, 0 secrets\n")
+
+
+def test_the_doctor_reads_every_form_of_text(tmp_path, capsys):
+    for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "latin-1"):
+        (tmp_path / name).write_bytes(f"one\r\ntoken: {HF}\r\n".encode(name))
+    cell = {"cell_type": "code", "source": "import os\napi_key = \"abcd-1234\"\n", "metadata": {}, "outputs": []}
+    (tmp_path / "string.ipynb").write_text(json.dumps({"cells": [cell]}, indent=1))
+    (tmp_path / "small.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (tmp_path / "nul.txt").write_text("x" * 9000 + f"\0\n{HF}\n")
+    code, out = doctor(tmp_path, capsys=capsys)
+    lines = out.splitlines()
+    assert code == 6 and lines[:-1] == ["latin-1:2: Hugging Face token", "nul.txt:2: Hugging Face token", "small.ipynb:1: key name",
+                                        "string.ipynb:5: key name", *(f"{name}:2: Hugging Face token" for name in
+                                                                      ("utf-16", "utf-16-be", "utf-16-le", "utf-8-sig"))]
+    assert lines[-1].startswith("8 files, 8 secrets:") and "not looked at" not in out
+
+
+def test_one_secret_is_told_once(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(["token = '" + PLANTED["GitHub token"] + "'", "api_key: " + PLANTED["AWS key"],
+                                               PLANTED["password in a URL"], "x_" + PLANTED["Slack token"]]) + "\n")
+    code, out = doctor(tmp_path, capsys=capsys)
+    assert code == 6 and [line.split(":")[1] for line in out.splitlines()[:-1]] == ["1", "2", "3", "4"], out
+
+
+def test_what_the_doctor_did_not_look_at(tmp_path, capsys, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "weights.pt").write_bytes(b"PK\3\4" + bytes(60) + HF.encode())
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(os.urandom(400).hex().encode())[:200])
+    assert doctor(tmp_path / "pipe", capsys=capsys) == (2, "0 files, 0 secrets; not looked at: pipe (is not a regular file)\n")
+    assert doctor(tmp_path / "weights.pt", capsys=capsys) == (2, "0 files, 0 secrets; not looked at: weights.pt (not a text)\n")
+    code, out = doctor(tmp_path, capsys=capsys)
+    assert code == 0 and out.startswith("1 files, 0 secrets; not looked at: pipe (is not a regular file), torn.gz (only its beginning: ")
+    real = os.open
+
+    def closed(path, *arguments, **keywords):
+        if str(path).endswith("closed.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", closed)
+    (tmp_path / "closed.txt").write_text(HF)
+    code, out = doctor(tmp_path, capsys=capsys)
+    assert code == 5 and "closed.txt (Permission denied)" in out, "what could hold one was not seen"
+    (tmp_path / "open.txt").write_text(HF)
+    code, out = doctor(tmp_path, capsys=capsys)
+    assert code == 6 and "open.txt:1: Hugging Face token" in out and "2 files, 1 secret:" in out
+    for i in range(20):
+        (tmp_path / f"w{i:02}.bin").write_bytes(b"\0\1\2")
+    assert doctor(tmp_path, capsys=capsys)[1].endswith(" and 14 more\n")
+
+
 def test_the_doctor_on_odd_things(tmp_path, capsys):
     assert doctor(tmp_path / "nowhere", capsys=capsys)[0] == 2
     (tmp_path / "link").symlink_to("/etc")
@@ -495,7 +669,7 @@ def test_the_doctor_on_odd_things(tmp_path, capsys):
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"x" * 100)[:20])
     (tmp_path / "latin").write_bytes(b"\xff\xfe\xe9" * 100)
     assert doctor(tmp_path, capsys=capsys)[0] == 0
-    assert doctor(tmp_path / "pipe", capsys=capsys)[0] == 0
+    assert doctor(tmp_path / "pipe", capsys=capsys)[0] == 2
     (tmp_path / BASELINE).write_text('{"known": [1]}')
     assert doctor(tmp_path, capsys=capsys)[0] == 2
 

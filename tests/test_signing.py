@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -365,6 +366,74 @@ def test_a_deep_look_builds_nothing_that_nobody_signed(made: Path, run: Path, lo
     assert not verify_run(run, deep=True, trusted=made / "trusted") and len(loads) == 2
     loads.clear()
     assert verify_run(run, deep=True, trusted=made / "nobody") and len(loads) == 3
+
+
+@pytest.mark.parametrize(("mode", "code", "state"), [("warn", 0, "verified"), ("off", 0, "verified"), ("required", 6, "refused")])
+def test_verify_asks_for_as_much_as_it_is_told(made: Path, run: Path, capsys: pytest.CaptureFixture[str], loads: list[str], mode: str,
+                                               code: int, state: str) -> None:
+    unsigned(made, run, "epoch-0003")
+    assert main(["verify", str(run), "--deep", "--keys", str(made / "trusted"), "--signature", mode]) == code
+    out = capsys.readouterr().out
+    [row] = [line for line in out.splitlines() if line.startswith("  epoch-0003")]
+    assert row.split()[4:] == [state, "not", "signed"] and "BROKEN" not in out, "its bytes are good"
+    assert ("note: " in out and "epoch-0003 is not signed" in out) == (mode == "warn")
+    assert len(loads) == (2 if mode == "required" else 3)
+    (run / "epoch-0003/checkpoint.pt").write_bytes(b"zeros")
+    assert main(["verify", str(run), "--keys", str(made / "trusted"), "--signature", mode]) == 6
+    assert "BROKEN" in capsys.readouterr().out
+
+
+def test_verify_tells_a_wrong_signature_from_none(made: Path, run: Path) -> None:
+    by_another_key(made, run, "epoch-0002")
+    report = verify_run(run, trusted=made / "trusted")
+    assert [c["signature"] for c in report.checkpoints] == ["good", "wrong", "good"] and all(c["content"] for c in report.checkpoints)
+    assert "refused   its signature does not hold here" in str(report)
+    with pytest.raises(SigningError, match="signature=maybe"):
+        verify_run(run, signature="maybe")
+
+
+def test_signing_with_a_key_that_nobody_trusts_is_told_once(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"checkpoint_sign": True, "checkpoint_trusted_keys": str(made / "trusted"), "epochs": 2}
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        train(str(tmp_path / "a"), checkpoint_key=str(made / "other.pem"), **options)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "not among the trusted ones" in line and f"`codex-ml keys trust {made}/other.pub.pem --keys {made}/trusted`" in line
+    assert not verify_run(tmp_path / "a", trusted=made / "trusted")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "codex_ml"):
+        train(str(tmp_path / "b"), checkpoint_key=str(made / "mine.pem"), **options)
+        train(str(tmp_path / "c"), checkpoint_sign=True, checkpoint_key=str(made / "other.pem"), epochs=2)  # nobody trusts any
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_that_a_hint_names_does_what_it_says(made: Path, words: list[str], tmp_path: Path, there: bool,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "our keys"
+    if there:
+        folder.mkdir()
+    asks = [f"checkpoint.trusted_keys={folder}", "checkpoint.signature=required"]
+    assert main([*words, *asks]) == 2
+    hint = capsys.readouterr().err.split("`")[1].replace("PUBKEY", str(made / "mine.pub.pem"))
+    assert main(shlex.split(hint)[1:]) == 0
+    said = capsys.readouterr().out
+    assert "From now on" not in said and f"Where {folder} is asked" in said
+    assert main([*words, *asks]) == 0 and not (tmp_path / "config").exists()
+
+
+def test_the_hints_for_the_usual_folders_name_no_other(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SigningError, match="`codex-ml keys trust PUBKEY` puts one into"):
+        open_signing(CheckpointConfig(signature="required"))
+    by_another_key(made, run, "epoch-0003")
+    found = " ".join(f.problem for f in verify_run(run, trusted=made / "trusted").findings)
+    assert found.endswith(f"codex-ml keys trust PUBKEY --keys {made}/trusted")
+    assert main(["keys", "trust", str(made / "mine.pub.pem")]) == 0 and "From now on only" in capsys.readouterr().out
+    monkeypatch.setenv("CODEX_ML_KEYS", str(tmp_path / "env"))
+    with pytest.raises(SigningError, match="there is no such folder of trusted keys; `codex-ml keys trust PUBKEY` makes it"):
+        open_signing(CheckpointConfig())
+    assert main(["keys", "trust", str(made / "mine.pub.pem")]) == 0
+    assert "as long as CODEX_ML_KEYS names this folder" in capsys.readouterr().out and trusted_keys(tmp_path / "env")
 
 
 # ---- afterwards

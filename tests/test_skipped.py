@@ -73,7 +73,7 @@ def test_a_command_tells_them_as_lines(command: str, whole: Path, tmp_path: Path
     assert told(command, run, capsys) == (0, [])
     [place] = spoil(run, 1)
     code, [line] = told(command, run, capsys)
-    assert code == 0 and line.startswith(f"skipped {place}Expecting value")
+    assert code == 0 and line.startswith(f"skipped {place}it is no JSON")
     places = spoil(run, 24)
     code, lines = told(command, run, capsys)
     assert code == 0 and len(lines) == 21 and lines[-1] == MORE
@@ -213,7 +213,7 @@ def test_strict_reading_raises_and_does_not_warn(tmp_path: Path, spoil) -> None:
 def test_a_view_counts_them_and_knows_the_first(tmp_path: Path, spoil) -> None:
     spoil(tmp_path / "run", 30)
     view = open_run(tmp_path / "run")
-    assert view.unreadable == 30 and view.first_unreadable.startswith("metrics.ndjson:2: Expecting value")
+    assert view.unreadable == 30 and view.first_unreadable.startswith("metrics.ndjson:2: it is no JSON")
     assert len(view.skipped.lines()) == 21
     view.close()
 

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['add_keys', 'add_verify', 'keys', 'verify']
 
-# %% ../../nbs/86_cli_keys.ipynb #af29558b
+# %% ../../nbs/86_cli_keys.ipynb #3c441d87
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..durable import CorruptFile, StorageError, write_atomic
+from ..config import CHOICES, ConfigError
+from ..durable import CorruptFile, StorageError, shown, write_atomic
 from ..keys import (TRUSTED, SigningError, ask_password, default_key, load_private, load_public, new_key, trust, trusted_files,
                            trusted_folder)
 from ..secrets import redact
 
-# %% ../../nbs/86_cli_keys.ipynb #4b84e54b
+# %% ../../nbs/86_cli_keys.ipynb #19ca34ab
 def add_keys(commands: Any) -> None:
     "The words of `codex-ml keys`."
     keys = commands.add_parser("keys", help="make and trust the keys that sign checkpoints")
@@ -39,9 +41,11 @@ def add_verify(commands: Any) -> None:
     verify.add_argument("path", metavar="PATH", help="a run's checkpoint.dir, or one checkpoint in it")
     verify.add_argument("--deep", action="store_true", help="also load each checkpoint, and compare it with its metadata")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
-    verify.add_argument("--keys", metavar="FOLDER", help=f"the folder of trusted keys; else ${TRUSTED}, else the user's")
+    verify.add_argument("--keys", metavar="FOLDER", help=f"the folder of trusted keys; else the workspace's, ${TRUSTED}, the user's")
+    verify.add_argument("--signature", choices=CHOICES["checkpoint.signature"],
+                        help="what is asked of checkpoints: required where a key is trusted, else off")
 
-# %% ../../nbs/86_cli_keys.ipynb #bec05c2b
+# %% ../../nbs/86_cli_keys.ipynb #7c9719e3
 def keys(given: argparse.Namespace) -> int:
     "Do what `codex-ml keys` was told; returns the exit code."
     try:
@@ -49,8 +53,7 @@ def keys(given: argparse.Namespace) -> int:
             _new(given.key or str(default_key()))
         elif given.word == "trust":
             print(redact(f"trusted: {trust(given.key, trusted_folder(given.keys))}"))
-            print("From now on only checkpoints that a trusted key signed are used, by a resume, an evaluation, a replay; "
-                  "checkpoint.signature=warn or off asks for less.")
+            print(redact(_from_now_on(given.keys)))
         elif given.word == "sign":
             _sign([Path(path) for path in given.paths], given.key or str(default_key()))
         else:
@@ -62,6 +65,14 @@ def keys(given: argparse.Namespace) -> int:
         print("\ncodex-ml keys: nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _from_now_on(given: str | None) -> str:
+    folder, named = trusted_folder(given), os.environ.get(TRUSTED)
+    used = "From now on" if folder == trusted_folder() else f"Where {folder} is asked (checkpoint.trusted_keys={given}, --keys {given})"
+    used += f", as long as {TRUSTED} names this folder," if named and folder == trusted_folder() else ""
+    return (f"{used} only checkpoints that a trusted key signed are used, by a resume, an evaluation, a replay; checkpoint.signature=warn "
+            "or off asks for less.")
 
 
 def _new(path: str) -> None:
@@ -105,12 +116,12 @@ def verify(given: argparse.Namespace) -> int:
     from codex_ml.integrity import IntegrityError, verify_run
 
     try:
-        report = verify_run(given.path, given.deep, given.keys)
-    except (IntegrityError, SigningError) as error:
+        report = verify_run(given.path, given.deep, given.keys, given.signature)
+    except (IntegrityError, SigningError, ConfigError) as error:
         print(f"codex-ml verify: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(redact(f"codex-ml verify: {error.filename or given.path} cannot be read: {error.strerror}"), file=sys.stderr)
+        print(redact(f"codex-ml verify: {shown(error.filename or given.path)} cannot be read: {error.strerror}"), file=sys.stderr)
         return 5
     print(json.dumps(redact(report.to_json()), indent=2, ensure_ascii=False) if given.json else redact(str(report)))
     return report.exit_code

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/92_cli_main.ipynb #daa48571
+# %% ../../nbs/92_cli_main.ipynb #0175e010
 import argparse
 import sys
 
 from .. import __version__
 from ..durable import StorageError
-from ..secrets import print_redacted, redact
-from ..words import Parser
+from ..secrets import redact
+from ..words import Parser, ended
 
-# %% ../../nbs/92_cli_main.ipynb #edc826f0
+# %% ../../nbs/92_cli_main.ipynb #3f600969
 def parser() -> argparse.ArgumentParser:
     "The command line of `codex-ml`."
     result = Parser("codex-ml", description="Train, look at runs, compare, evaluate and export them.")
@@ -57,11 +57,8 @@ def main(words: list[str] | None = None) -> int:
     """Do what `words` (else the command line) say; returns the exit code. 2: it cannot be done so; 6: a check found a difference.
 
     What a command prints of errors and configurations is without secrets, an error that nobody expected (1) included."""
-    try:
-        return _do(sys.argv[1:] if words is None else words)
-    except Exception as error:
-        print_redacted(error, sys.stderr.write)
-        return 1
+    words = sys.argv[1:] if words is None else words
+    return ended(" ".join(["codex-ml", *(word for word in words[:1] if word.isalpha())]), lambda: _do(words))
 
 
 def _do(words: list[str]) -> int:

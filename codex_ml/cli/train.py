@@ -62,7 +62,7 @@ def _sample(result: Any) -> str:
     text = generate(result.model, result.data.tokenizer, prompt="def ", max_new_tokens=240)
     return "a sample of what it learnt:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n"
 
-# %% ../../nbs/90_cli_train.ipynb #453e472b
+# %% ../../nbs/90_cli_train.ipynb #410d642c
 def main(words: list[str] | None = None) -> int:
     "Train as `words` (else the command line) say; returns the exit code. Errors that a user can mend are one line on stderr."
     words = sys.argv[1:] if words is None else words
@@ -117,7 +117,7 @@ def _train(words: list[str], struck: Sequence[int] = ()) -> int:
         if struck:
             raise
         return _failed(error, next(code for kind, code in codes.items() if isinstance(error, kind)))
-    print(report(result))
+    print(redact(report(result)))
     if result["status"] != "interrupted":
         return 0
     once = {word.partition("=")[0]: word for word in [*words, "checkpoint.resume=true"]}  # of a key given twice, the last counts

@@ -232,7 +232,7 @@ def _to_file(records: Settled, dest: Path, write: Callable[[Iterable[tuple[Any, 
     dest.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(dest, lambda file: write(_rows(records), file))
 
-# %% ../../nbs/80_export.ipynb #01647a3f
+# %% ../../nbs/80_export.ipynb #f1444e31
 @dataclass(frozen=True)
 class Report:
     "What an export did. `checked`: numbers that were read back, None without a check; `differences`: the first hundred of `different`."
@@ -275,7 +275,10 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     folder, metrics = find_run(run)
     if metrics is None or not metrics.exists():
         raise ExportError(f"{folder} has no metrics to export: it was run with metrics_out=null, or has not begun")
-    target, records = TARGETS[to], Settled(metrics, run_id, on_bad)
+    try:
+        target, records = TARGETS[to], Settled(metrics, run_id, on_bad)
+    except OSError as error:
+        raise ExportError(f"{error.filename or metrics}: {error.strerror}: the metrics of a run are a file") from error
     place = Path(dest) if dest is not None else (Path() if target.shared else folder)/target.dest
     never_over(place, [metrics])
     if place.is_file() and folder in place.parents and "export" not in place.relative_to(folder).parts:

@@ -57,7 +57,7 @@ def progress(view: RunView, now: float) -> tuple[list[str], list[str]]:
         pace.append(f"last record {duration(now - view.history.ended)} ago")
     return place, [part for part in pace if part]
 
-# %% ../../nbs/70_frame.ipynb #20c53f07
+# %% ../../nbs/70_frame.ipynb #929cd91c
 Lines = list[tuple[str, str]]  # text, style
 
 
@@ -116,7 +116,7 @@ def checkpoint_lines(checkpoints: Sequence[SavedCheckpoint], width: int, running
     for saved in checkpoints[::-1]:
         head = f"{saved.name} {size_text(saved.bytes):>6}"
         epoch = f"  epoch {saved.epoch} step {saved.step}" if width >= 56 and saved.metadata else ""
-        loss = (saved.metadata.get("metrics") or {}).get("val_loss")
+        loss = saved.metrics.get("val_loss")
         more = epoch + (f"  val {number(loss)}" if width >= 46 and isinstance(loss, float) else "")
         digest = (saved.sha256 or "cannot be read")[:max(6, min(12, width - len(head) - 1))]
         lines.append((f"{head} {digest}{more}", "" if saved.sha256 else "yellow"))

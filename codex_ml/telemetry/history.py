@@ -19,7 +19,7 @@ from typing import Any
 from .record import EVENT, MANIFEST, SAMPLE, SCHEMA, SNAPSHOT
 from .series import Series
 
-# %% ../../nbs/66_history.ipynb #7b21aa9c
+# %% ../../nbs/66_history.ipynb #66c7fdb7
 Key = tuple[str, str, str | None]  # split, metric, dataset
 _HEAD = {"$schema", "schema_version", "timestamp", "run_id", "step", "split"}
 
@@ -102,7 +102,8 @@ class History:
         course = max((s for (split, _, _), s in self.series.items() if split == "train"), key=len, default=Series())
         if len(course) < 2:
             return None
-        since = max(self.stretches[-1].began, course.times[-1] - seconds)
+        began = [stretch.began for stretch in self.stretches[-1:]]  # none, where the points are from the run's own history
+        since = max([*began, course.times[-1] - seconds])
         first = min(bisect_left(course.times, since), len(course) - 2)
         passed = course.times[-1] - course.times[first]
         return (course.steps[-1] - course.steps[first]) / passed if passed > 0 else None

@@ -22,26 +22,27 @@ from .record import decode, encode
 from .segments import Line, Lines, pack, segments
 from .skipped import Skipped
 
-# %% ../../nbs/34_ndjson.ipynb #bc784ef1
+# %% ../../nbs/34_ndjson.ipynb #e5991cb8
 class NdjsonWriter:
     """A sink that appends each record to `path` as one line. Folders are made. `OSError` where the file cannot be written.
 
     The file is cut before it passes `max_bytes`, or when its first line is `max_age` seconds old; the newest `backups` segments are
     kept, compressed. It is not cut while another process has it open. `fsync_seconds`: how often the disk is waited for in the
-    background; None or 0: only in `flush`. Takes calls from several threads, and a forked process may go on with its copy.
+    background; None or 0: only in `flush`. `within`: a folder out of which no symbolic link is followed (`StorageError`).
+    Takes calls from several threads, and a forked process may go on with its copy.
     """
 
     patience = 3.0
 
     def __init__(self, path: str | os.PathLike, *, max_bytes: int | None = None, max_age: float | None = None, backups: int = 5,
-                 fsync_seconds: float | None = 5.0):
+                 fsync_seconds: float | None = 5.0, within: Path | None = None):
         for name, limit in {"max_bytes": max_bytes, "max_age": max_age, "fsync_seconds": fsync_seconds or None}.items():
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} is {limit}: give a number above 0, or None")
         if backups < 0:
             raise ValueError(f"backups is {backups}: give the number of segments to keep, 0 or more")
         self.path, self.max_bytes, self.max_age, self.backups = Path(path), max_bytes, max_age, backups
-        self.fsync_seconds = fsync_seconds or None
+        self.fsync_seconds, self.within = fsync_seconds or None, within
         self._closed = False
         self._begin()
 
@@ -52,7 +53,7 @@ class NdjsonWriter:
         self._syncing = threading.Lock()
         self._wake, self._thread = threading.Event(), None
         self._error: Exception | None = None
-        self._file = Appender(self.path, self.max_bytes, self.max_age, on_cut=self._wake.set)
+        self._file = Appender(self.path, self.max_bytes, self.max_age, on_cut=self._wake.set, within=self.within)
         self._packs = self._file.regular and (self.max_bytes is not None or self.max_age is not None)
 
     def _own(self) -> None:

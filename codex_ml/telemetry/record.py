@@ -6,7 +6,7 @@
 __all__ = ['utc_timestamp', 'scalar_record', 'encode', 'decode', 'snapshot_record', 'event_record', 'manifest_name',
            'structured_records', 'Sink']
 
-# %% ../../nbs/31_record.ipynb #5b45f234
+# %% ../../nbs/31_record.ipynb #3d77ae96
 import hashlib
 import json
 import operator
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from ..strict_json import plain
+from ..strict_json import json_reason, plain
 from .schema import EVENT, MANIFEST, SAMPLE, SCHEMA, SCHEMA_VERSION, SNAPSHOT
 
 # %% ../../nbs/31_record.ipynb #a833a53e
@@ -57,7 +57,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
         line = _encoder.encode(plain(record))
     return line.encode("ascii") + b"\n"
 
-# %% ../../nbs/31_record.ipynb #26a0c170
+# %% ../../nbs/31_record.ipynb #bc48596a
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
@@ -71,8 +71,8 @@ def decode(line: bytes | str) -> dict[str, Any]:
     "The record in a line, its numbers floats again. `ValueError` says what is wrong with a line that holds none."
     try:
         record = _decoder.decode(line if isinstance(line, str) else line.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(json_reason(error)) from error
     if not isinstance(record, dict):
         raise ValueError(f"it holds a {type(record).__name__}, not an object")
     if record.get("schema_version") != SCHEMA_VERSION:

@@ -41,7 +41,7 @@ def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
         found |= flat(value, f"{head}{name}.") if isinstance(value, Mapping) and value else {f"{head}{name}": value}
     return found
 
-# %% ../../nbs/67_recorded.ipynb #2027ed87
+# %% ../../nbs/67_recorded.ipynb #340bf7be
 CHECKPOINT_NAME = re.compile(r"epoch-[0-9]{4,12}|step-[0-9]{8,15}", re.ASCII)
 
 
@@ -65,6 +65,10 @@ class SavedCheckpoint:
     @property
     def bytes(self) -> int | None:
         return self._whole("checkpoint_bytes")
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return value if isinstance(value := self.metadata.get("metrics"), Mapping) else {}
 
     @property
     def sha256(self) -> str | None:

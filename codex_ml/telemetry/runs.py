@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['NoRun', 'find_run', 'RunView', 'open_run']
 
-# %% ../../nbs/68_runs.ipynb #97487078
-import errno
+# %% ../../nbs/68_runs.ipynb #cc61f738
 import math
 import os
 import time
@@ -20,7 +19,7 @@ from ..strict_json import parse_json
 from .history import History, Key
 from .record import decode
 from .recorded import CHECKPOINT_NAME, LockProbe, SavedCheckpoint, flat, flat_config, read_or_nothing, saved_checkpoints
-from .segments import Line, Lines, stream_files
+from .segments import Line, Lines, open_part, stream_files
 from .series import Series
 from .skipped import Skipped, reason
 
@@ -59,7 +58,7 @@ def _runs_in(folder: Path) -> str:
         return f". Runs in {folder}: {', '.join(names[:8])}" if names else ""
     return ""
 
-# %% ../../nbs/68_runs.ipynb #9e27e51f
+# %% ../../nbs/68_runs.ipynb #b7aada4f
 class RunView:
     """A run as it looks now; `refresh` reads what is new.
 
@@ -147,10 +146,7 @@ class RunView:
         self.caught_up = True
 
     def _there(self) -> bool:
-        files = stream_files(self._reader.stream) if self._reader else []
-        if any(not path.is_file() for path in files):  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is not a regular file", str(self.metrics_path))
-        return bool(files)
+        return bool(self._reader and stream_files(self._reader.stream))
 
     def _take(self, line: Line) -> None:
         self.lines += 1
@@ -241,9 +237,10 @@ class RunView:
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError):  # a torn line, say
-                rows.append(parse_json(line))
+        with open_part(path) as file:
+            for line in file:
+                with suppress(ValueError):  # a torn line, say
+                    rows.append(parse_json(line))
     return rows
 
 

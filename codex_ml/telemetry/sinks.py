@@ -6,7 +6,7 @@
 __all__ = ['log', 'Background', 'wait_for', 'Sinks', 'metrics_path', 'open_ndjson', 'open_tensorboard', 'open_wandb',
            'open_mlflow', 'wanted', 'open_sinks']
 
-# %% ../../nbs/48_sinks.ipynb #db75bb7a
+# %% ../../nbs/48_sinks.ipynb #ab4adb7f
 import logging
 import os
 import threading
@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import TrainConfig, default_of
 from ..registry import get, register
 from ..secrets import Redactor
 from .ndjson import NdjsonWriter
@@ -205,7 +205,7 @@ class Sinks:
             log.warning("%s: %s: %s. Training goes on; such failures are told once and counted in sink_errors.",
                         what, type(error).__name__, error)
 
-# %% ../../nbs/48_sinks.ipynb #141478d6
+# %% ../../nbs/48_sinks.ipynb #0c6febda
 def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:
     "Where the metrics go: `metrics_out`, under the run's folder where it is relative and there is one; None where they go nowhere."
     return None if config.metrics_out is None else (folder or Path())/config.metrics_out
@@ -213,10 +213,11 @@ def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:
 
 @register("sinks", "ndjson")
 def open_ndjson(config: TrainConfig, folder: Path | None, run_id: str) -> Sink | None:
-    "The sink that appends to the file `metrics_out`."
+    "The sink that appends to the file `metrics_out`. By its default it is in the run's folder, and no link leads out of there."
     path, how = metrics_path(config, folder), config.monitoring.ndjson
+    named = config.metrics_out != default_of("metrics_out")  # else nobody meant another place
     return None if path is None else NdjsonWriter(path, max_bytes=how.max_bytes, max_age=how.max_age, backups=how.backups,
-                                                  fsync_seconds=how.fsync_seconds)
+                                                  fsync_seconds=how.fsync_seconds, within=None if named else folder)
 
 
 @register("sinks", "tensorboard")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORKERS', 'open_stream', 'chunks', 'is_other', 'Tally', 'mean']
 
-# %% ../../nbs/75_tally.ipynb #f7e3e818
+# %% ../../nbs/75_tally.ipynb #6be1af70
 import contextlib
 import gzip
 import json
@@ -22,11 +22,11 @@ import numpy as np
 
 from .ndjson import is_torn
 from .record import decode
-from .segments import LINE_LIMIT, stream_files
+from .segments import LINE_LIMIT, open_part, stream_files
 from .shapes import Point, Series, cut_lines, import_polars, judge, points
 from .skipped import Skipped
 
-# %% ../../nbs/75_tally.ipynb #25af4ac9
+# %% ../../nbs/75_tally.ipynb #31ba4c43
 def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
     "The files of a stream, oldest first, open. `FileNotFoundError` where there is none."
     for _ in range(10):
@@ -34,7 +34,7 @@ def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
         with contextlib.ExitStack() as opened:
             with contextlib.suppress(FileNotFoundError):  # it was cut or compressed just now
                 for name in names:
-                    file = gzip.open(name) if name.suffix == ".gz" else name.open("rb", buffering=0)
+                    file = open_part(name) if name.suffix == ".gz" else open_part(name, buffering=0)
                     files.append((name, opened.enter_context(file)))
             if names and len(files) == len(names) and stream_files(stream) == names:
                 opened.pop_all()

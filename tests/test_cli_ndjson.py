@@ -100,7 +100,7 @@ def test_findings_have_their_place(path, call):
     lines = out.splitlines()
     assert code == 6 and err == "" and lines[-1] == "1 stream, 5 records: 6 findings"
     assert [line.removeprefix(f"{path}:")[:17] for line in lines[:-1]] == [
-        "2: step: '2' is n", "3: $schema: 'x' i", "4: Expecting valu", "5: Additional pro", "5: value: [2] is ", "6: tags.manifest:"]
+        "2: step: '2' is n", "3: $schema: 'x' i", "4: it is no JSON ", "5: Additional pro", "5: value: [2] is ", "6: tags.manifest:"]
 
 
 def test_a_finding_in_a_segment_and_in_another_stream(path, call):

@@ -45,7 +45,7 @@ def good(folder):
 def save(folder, epoch, loss):
     facts = {"epoch": epoch, "global_step": epoch}
     checkpoint = save_checkpoint(folder, f"epoch-{epoch:04d}", facts, {**facts, "avg_loss": loss}, {})
-    write_pointer(folder, {"epoch": epoch, "path": checkpoint.name})
+    write_pointer(folder, {"epoch": epoch, "path": checkpoint.name, "checkpoint_sha256": checkpoint.sha256})
 
 
 def must_stay(folder):

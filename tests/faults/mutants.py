@@ -149,7 +149,8 @@ ORDERS = [
     Mutant("files deleted before the folder has lost its name durably", "codex_ml.durable", "remove_folder",
            moved("shutil.rmtree", "fsync_dir")),
     Mutant("the pointer before the checkpoint", "codex_ml.run_folder", "RunFolder.save",
-           rewritten("checkpoint = save_checkpoint", "write_pointer(self.path, {'epoch': 0, 'path': name, 'schema_version': 'v1'})\n"
+           rewritten("checkpoint = save_checkpoint", "write_pointer(self.path, {'epoch': facts['epoch'], 'path': name, "
+                     "'checkpoint_sha256': 64 * '0', 'schema_version': 'v1'})\n"
                      "checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest))")),
     Mutant("older checkpoints dropped before the new one is there", "codex_ml.run_folder", "RunFolder.save",
            rewritten("checkpoint = save_checkpoint", "if self.latest: [__import__('codex_ml.durable').durable.remove_folder(c.folder) "

@@ -153,7 +153,7 @@ HARMLESS = ["sha256:" + "ab12" * 16, "0f3a" * 8, "550e8400-e29b-41d4-a716-446655
             "sk-learn-like-names-are-no-keys", "token=${HF_TOKEN}", "password=<yours>", "AKIA", "eyJ", "layers.0.attention.key.weight",
             "max_new_tokens=64",
             "no secrets in here", "sha256 d2c1f0", "model_args.key_dim=64", "cosine", "a b=c d:e", "x" * 5000, "0" * 64,
-            "/work/data/tokens-2026.jsonl", "use --password to log in", "give --api-key KEY or set it", "--password: expected one argument",
+            "/data/tokens-2026.jsonl", "use --password to log in", "give --api-key KEY or set it", "--password: expected one argument",
             "codex-ml doctor --secrets runs/a1", "pin_memory=True", "--pin-memory 1234", "pin: v1.2", "token_count=123456", "monkey=abcd1",
             "author=me@x.org", "authors: a1b2c3", "keyboard=de1", "secretary: a1b2c3", "passenger=a1b2c3", "compass: north1",
             "hockey_key=c4", "std::token::next", "cookie policy: none", "2026-11-24 08:30:00:12345",

@@ -163,12 +163,15 @@ class Write(Scenario):
 class Save(Scenario):
     """A mid-epoch checkpoint, then an epoch's; each drops the mid-epoch ones before it."""
 
+    def signing(self) -> Any:
+        return None
+
     def prepare(self, base):
         for name in ("epoch-0001", "epoch-0002", "step-00000025"):
             put(base / "run", name)
 
     def act(self, base, ack):
-        with RunFolder(base / "run") as folder:
+        with opened(base / "run", self.signing()) as folder:
             checkpoint, _, _ = folder.newest()
             if checkpoint is None:
                 raise CheckpointError("nothing can be read")
@@ -492,33 +495,25 @@ def signing() -> Any:
     return Signing("required", (key.public,), key)
 
 
-class Sign(Scenario):
+class Sign(Save):
     """A signed run saves, and its signatures are required: a checkpoint is never there without one."""
 
     repeatable = False
 
+    def signing(self) -> Any:
+        return signing()
+
     def prepare(self, base):
-        with opened(base / "run", signing()) as folder:
+        with opened(base / "run", self.signing()) as folder:
             folder.keep_config({}, {})
             for name in ("epoch-0001", "epoch-0002", "step-00000025"):
                 folder.save(name, state_of(name), facts_of(name), MANIFEST)
 
-    def act(self, base, ack):
-        with opened(base / "run", signing()) as folder:
-            checkpoint, _, _ = folder.newest()
-            if checkpoint is None:
-                raise CheckpointError("nothing can be read")
-            folder.go_on(checkpoint)
-            for name in ("step-00000028", "epoch-0003"):
-                if place(name) > place(checkpoint.name):
-                    folder.save(name, state_of(name), facts_of(name), MANIFEST)
-                ack(name)
-
     def check(self, base, acked):
         run = base / "run"
-        go_on(run, ["step-00000025", *acked], signing=signing())
+        go_on(run, ["step-00000025", *acked], signing=self.signing())
         for checkpoint in list_checkpoints(run):
-            assert signing().problem(checkpoint, RunFolder(run).recorded()["run_id"]) is None
+            assert self.signing().problem(checkpoint, RunFolder(run).recorded()["run_id"]) is None
 
 
 class Keys(Scenario):

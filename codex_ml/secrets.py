@@ -6,12 +6,13 @@
 __all__ = ['is_secret_name', 'worth_hiding', 'by_shape', 'detectors', 'by_detectors', 'pairs', 'secrets_in',
            'environment_secrets', 'mark', 'Redactor', 'redact', 'print_redacted']
 
-# %% ../nbs/07_secrets.ipynb #0c31f81b
+# %% ../nbs/07_secrets.ipynb #12d706fb
 import json
 import logging
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -86,7 +87,7 @@ def by_shape(text: str) -> Iterator[tuple[str, int, int]]:
             number = int(str(match.lastgroup)[1:])
             yield _SHAPES[number][0], *match.span(f"s{number}" if f"s{number}" in _SHAPE.groupindex else 0)
 
-# %% ../nbs/07_secrets.ipynb #5d539a51
+# %% ../nbs/07_secrets.ipynb #17f4d9de
 _LONG_WORD = re.compile(r"(?<![\w+/=.~-])[\w+=.~-]{12,}(?![\w+/=.~-])|[\w+=.~-]{24,}")  # a part of a path has to be longer
 _DIGIT, _LETTER, _REST = re.compile("[0-9]"), re.compile("[A-Za-z]"), re.compile("[A-Za-z0-9]*")
 _HASH_OR_NUMBER = re.compile(r"(?:[0-9a-f]{7,64})|[\d.]+[\w.+-]{0,12}|[\d:TZ.+-]+|[\w.-]+==?[\d.]+\w*")
@@ -95,10 +96,13 @@ _HASH_OR_NUMBER = re.compile(r"(?:[0-9a-f]{7,64})|[\d.]+[\w.+-]{0,12}|[\d:TZ.+-]
 @lru_cache(1)
 def detectors() -> tuple[Any, ...]:
     "The detectors of `detect-secrets` that go by shape; none where it is not installed."
+    shows = warnings.showwarning
     try:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class as known
     except ImportError:
         return ()
+    if warnings.showwarning is not shows:  # it has sent all warnings of this process to a log of its own
+        logging.captureWarnings(False)
     return tuple(cls() for cls in known().values() if not cls.__module__.endswith((".high_entropy_strings", ".ip_public", ".keyword")))
 
 
@@ -183,7 +187,7 @@ def environment_secrets(environ: Mapping[str, str] | None = None) -> list[tuple[
     return [(name, re.compile(re.escape(form) if len(form) >= 16 else word.replace("{}", re.escape(form))))
             for form, name in sorted(forms.items(), key=lambda item: -len(item[0]))]
 
-# %% ../nbs/07_secrets.ipynb #9f0ce2dd
+# %% ../nbs/07_secrets.ipynb #d0c84fb7
 def mark(kind: str) -> str:
     "What stands in the place of a secret."
     return f"[redacted: {kind}]"
@@ -207,8 +211,7 @@ class Redactor:
 
     def _json(self, text: str) -> str | None:
         try:
-            value = json.loads(text)
-            new = self(value)
+            new = self(value := json.loads(text))
             return text if new is value else json.dumps(new, ensure_ascii=False)
         except (ValueError, RecursionError):
             return None
@@ -227,9 +230,7 @@ class Redactor:
     def __call__(self, value: Any, name: str = "") -> Any:
         "`value` without its secrets: what hangs on a secret's name, and what looks like one."
         if isinstance(value, str):
-            if name and value and worth_hiding(value, name):
-                return self.take("key name", value)
-            return self.text(value)
+            return self.take("key name", value) if name and value and worth_hiding(value, name) else self.text(value)
         if isinstance(value, Mapping):
             named = str(value.get("name") or value.get("key")) if "value" in value else ""  # the form {"name": …, "value": …}
             new = {key: self(inner, name or next((k for k in (str(key), named if key == "value" else "") if is_secret_name(k)), ""))

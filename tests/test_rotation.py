@@ -679,6 +679,31 @@ def test_many_cuts_between_two_looks(path):
     assert found == list(range(10, step))
 
 
+def test_a_segment_that_another_one_compresses_at_the_same_time(path, monkeypatch):
+    "It goes away between the look at the folder and the look at the file: nothing is left to do, and nothing is lost."
+    from codex_ml.telemetry import segments
+
+    writer = NdjsonWriter(path, max_bytes=3 * LINE, backups=99)
+    for step in range(8):
+        writer.emit(record(step))
+    writer.close()
+    real, raced = segments.open_part, []
+
+    def late(place, *args):
+        if str(place).endswith(".00001") and not raced:
+            raced.append(place)
+            pack(path, 99)
+        return real(place, *args)
+
+    for packed in path.parent.glob("*.gz"):  # as it was before any was compressed
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    monkeypatch.setattr(segments, "open_part", late)
+    pack(path, 99)
+    assert raced and steps(path) == (list(range(8)), 0)
+    assert not [p.name for p in path.parent.iterdir() if p.suffix[1:].isdigit()]
+
+
 def test_read_while_it_is_cut_and_compressed(path):
     "Whoever reads a stream from its beginning, at any instant, finds a whole beginning of it."
     writer, ended = NdjsonWriter(path, max_bytes=20 * LINE, backups=999), threading.Event()

@@ -387,6 +387,28 @@ def test_the_log_of_others_is_theirs(caplog):
     assert "password=hunter33" in caplog.text and "hunter44" not in caplog.text
 
 
+WARNS = """
+import logging, sys, warnings
+if sys.argv[1] == "captured":
+    logging.captureWarnings(True)
+before = warnings.showwarning
+from codex_ml.secrets import detectors, redact
+redact("x_" + "a1B2" * 9)
+assert detectors() and "detect_secrets" in sys.modules
+assert warnings.showwarning is before, "warnings go elsewhere now"
+logging.captureWarnings(True)
+assert warnings.showwarning is not before or sys.argv[1] == "captured"
+"""
+
+
+@pytest.mark.parametrize("how", ("shown", "captured"))
+def test_warnings_go_where_they_went(how):
+    "detect-secrets sends all warnings of a process to its log as soon as it is imported."
+    pytest.importorskip("detect_secrets")
+    done = subprocess.run([sys.executable, "-c", WARNS, how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- the command line
 
 

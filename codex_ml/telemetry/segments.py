@@ -92,7 +92,7 @@ def open_part(path: str | os.PathLike, buffering: int = -1) -> Any:
     packed.myfileobj = raw  # pyright: ignore[reportAttributeAccessIssue]  (closed with it, as gzip.open has it)
     return packed
 
-# %% ../../nbs/32_segments.ipynb #04fed299
+# %% ../../nbs/32_segments.ipynb #abf70315
 def pack(stream: str | os.PathLike, backups: int) -> None:
     """Delete all segments but the newest `backups`, compress these, and take away what a process that died while it did so left.
 
@@ -116,10 +116,12 @@ def _plain_form(path: Path) -> Path:
 
 def _compress(path: Path) -> None:
     packed = path.with_name(path.name + ".gz")
-    if not path.exists():
-        return
     if not packed.exists():
-        with open_part(path) as source:
+        try:
+            source = open_part(path)
+        except FileNotFoundError:  # there is none, or somebody else compresses, and was first
+            return
+        with source:
             write_atomic(packed, lambda out: _gzip(source, out))
     path.unlink(missing_ok=True)
 

@@ -157,8 +157,8 @@ ORDERS = [
                      "for c in list_checkpoints(self.path) if not c.is_epoch]\n"
                      "checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest))")),
     Mutant("a segment deleted before its compressed form is there", "codex_ml.telemetry.segments", "_compress",
-           rewritten("if not packed.exists()", "with path.open('rb') as source:\n    path.unlink()\n"
-                     "    write_atomic(packed, lambda out: _gzip(source, out))")),
+           rewritten("if not packed.exists()", "if path.exists():\n    with path.open('rb') as source:\n        path.unlink()\n"
+                     "        write_atomic(packed, lambda out: _gzip(source, out))")),
     Mutant("metrics flushed without the folders of a new file", "codex_ml.telemetry.appender", "Appender.unsynced",
            rewritten("try:", "if self.regular and self._fd >= 0 and self._unsynced:\n    found.append(os.dup(self._fd))")),
     Mutant("metrics flushed without the files that were cut off", "codex_ml.telemetry.appender", "Appender.unsynced",

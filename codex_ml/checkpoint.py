@@ -6,10 +6,9 @@
 __all__ = ['Checkpoint', 'list_checkpoints', 'utc_now', 'save_checkpoint', 'move_aside', 'pointer_slip', 'write_pointer',
            'read_pointer', 'verify_checkpoint', 'load_checkpoint', 'newest_verified', 'drop_older_steps']
 
-# %% ../nbs/21_checkpoint.ipynb #6422d62e
+# %% ../nbs/21_checkpoint.ipynb #931460d5
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .archive import CheckpointError, deserialize, serialize
-from .durable import (CorruptFile, fsync_dir, publish_folder, remove_folder, retried, sha256_file, storage_errors,
+from .durable import (CorruptFile, discard, fsync_dir, publish_folder, remove_folder, retried, sha256_file, storage_errors,
                              temporary, unreadable, verified_copy, write_file)
 from .strict_json import json_text, read_json, write_json
 
@@ -108,7 +107,7 @@ def list_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
     found = [Checkpoint(p, _read_metadata(p)) for p in folders]
     return sorted(found, key=lambda c: c.place, reverse=True)
 
-# %% ../nbs/21_checkpoint.ipynb #3e77b7db
+# %% ../nbs/21_checkpoint.ipynb #1787fc86
 def utc_now() -> str:
     "UTC, to the second, as `2025-09-26T02:30:12Z`."
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -138,7 +137,7 @@ def save_checkpoint(checkpoint_dir: str | Path, name: str, state: Any, metadata:
             move_aside(root, [name])
         publish_folder(tmp, root/name)
     except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
+        discard(tmp)
         raise
     return Checkpoint(root/name, metadata)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Content', 'CHUNK', 'StorageError', 'CorruptFile', 'shown', 'storage_error', 'storage_errors', 'HashingFile',
-           'Written', 'write_file', 'temporary', 'fsync_dir', 'retried', 'write_atomic', 'make_folder',
+           'Written', 'write_file', 'discard', 'temporary', 'fsync_dir', 'retried', 'write_atomic', 'make_folder',
            'publish_folder', 'remove_folder', 'sweep', 'unreadable', 'open_regular', 'verified_copy', 'sha256_file']
 
 # %% ../nbs/00_durable.ipynb #23fba937
@@ -97,7 +97,7 @@ class Written:
     sha256: str
     bytes: int
 
-# %% ../nbs/00_durable.ipynb #518e53d6
+# %% ../nbs/00_durable.ipynb #b2eb789b
 Content = bytes | bytearray | str | Callable[[Any], Any]
 
 
@@ -116,7 +116,7 @@ def write_file(path: str | os.PathLike, content: Content, mode: int = 0o644) -> 
     except BaseException as error:
         with suppress(OSError):  # the error that brought us here is the one to tell
             os.close(fd)
-        _unlink(path)
+        discard(path)
         first = out.error or error
         if isinstance(first, OSError):
             raise storage_error(first, path, out.bytes) from first
@@ -126,11 +126,12 @@ def write_file(path: str | os.PathLike, content: Content, mode: int = 0o644) -> 
     return Written(path, out.hash.hexdigest(), out.bytes)
 
 
-def _unlink(path: Path) -> None:
-    with suppress(OSError):  # the error that brought us here is the one to tell; `sweep` takes the leftover
-        path.unlink()
+def discard(path: Path) -> None:
+    "Remove a file or a folder as far as it can be, and never raise an `OSError`; `sweep` takes what is left."
+    with suppress(OSError):  # `rmtree` has some that it does not ignore: a close that fails
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-# %% ../nbs/00_durable.ipynb #4a8b0a39
+# %% ../nbs/00_durable.ipynb #c0e98647
 _count = itertools.count()
 
 
@@ -169,7 +170,7 @@ def write_atomic(path: str | os.PathLike, content: Content) -> Written:
         retried(os.replace, tmp, path)
         fsync_dir(path.parent)
     except OSError as error:
-        _unlink(tmp)
+        discard(tmp)
         raise storage_error(error, path, written.bytes) from error
     return Written(path, written.sha256, written.bytes)
 
@@ -200,7 +201,7 @@ def remove_folder(folder: str | os.PathLike) -> None:
     fsync_dir(trash.parent)
     shutil.rmtree(trash)
 
-# %% ../nbs/00_durable.ipynb #fdb1dc08
+# %% ../nbs/00_durable.ipynb #8b039f8a
 _leftover = re.compile(r"\.(?:tmp|trash)-([0-9]{1,10})-[0-9]+-.+", re.ASCII)
 
 
@@ -216,13 +217,10 @@ def _alive(pid: int) -> bool:
 
 def sweep(folder: str | os.PathLike) -> list[str]:
     "Delete the leftovers of dead processes in `folder`; returns their names. Call it while holding the folder's lock."
-    swept = []
-    for path in sorted(Path(folder).iterdir()):
-        match = _leftover.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
-            swept.append(path.name)
-    return swept
+    dead = [path for path in sorted(Path(folder).iterdir()) if (match := _leftover.fullmatch(path.name)) and not _alive(int(match[1]))]
+    for path in dead:
+        discard(path)
+    return [path.name for path in dead]
 
 # %% ../nbs/00_durable.ipynb #8d25b56a
 CHUNK = 1 << 20  # bytes hashed while they are still in the processor's cache

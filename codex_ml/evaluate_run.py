@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_checkpoint', 'evaluation_of', 'evaluate_run', 'parse_words', 'usage', 'main']
 
-# %% ../nbs/62_evaluate_run.ipynb #103b662f
+# %% ../nbs/62_evaluate_run.ipynb #1c469261
 import json
 import sys
 import types
@@ -21,20 +21,18 @@ from .assembly import Parts, choose_device, open_run_data, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, verify_checkpoint
 from .config import KEYS, ConfigError, TrainConfig, check, set_key, type_name
 from .data import DataError
-from .durable import CorruptFile, StorageError
-from .strict_json import read_resolved
+from .durable import CorruptFile
 from .evaluator import Subject, evaluate
-from .keys import SigningError
-from .losses import LossError
 from .metrics import MetricError, NotFinite
-from .models import ModelError, build_model
-from .registry import ArgumentError, PluginError, UnknownName, nearest
+from .models import build_model
+from .registry import nearest
 from .secrets import redact
 from .scorecard import EvaluationConfig, EvaluationResult
 from .seeding import key, preserve_rng, resolve_seed, seed_everything
 from .signing import SignatureError, Signing, open_policy
 from .sources import Data, open_data
-from .tokenizers import TokenizerError
+from .strict_json import read_resolved
+from .train_loop import EXIT_CODES
 from .train_state import check_saved
 from .utils.retention import score
 
@@ -182,10 +180,8 @@ def evaluate_run(run_folder: str | Path, config: EvaluationConfig | None = None,
     whole = data is not None and opened.valid is None
     return evaluate(net, opened.train if whole else opened, config, loss_fn=loss_fn, predict_fn=predict_fn, subject=subject)
 
-# %% ../nbs/62_evaluate_run.ipynb #08043428
-_CODES: dict[type[BaseException], int] = {
-    NotFinite: 7, **dict.fromkeys((ConfigError, DataError, MetricError, ModelError, ArgumentError, PluginError, UnknownName, LossError,
-                                   TokenizerError, SigningError), 2), CheckpointError: 4, CorruptFile: 4, StorageError: 5}
+# %% ../nbs/62_evaluate_run.ipynb #bcefb040
+_CODES: dict[type[BaseException], int] = {NotFinite: 7, MetricError: 2, **EXIT_CODES, CorruptFile: 4}
 _WORDS: dict[str, Any] = {f.name: get_type_hints(EvaluationConfig)[f.name] for f in fields(EvaluationConfig)} | dict.fromkeys(
     ("checkpoint", "data", "device", "keys", "signature"), str)
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['IntegrityError', 'Finding', 'RunReport', 'Look']
 
-# %% ../nbs/27_findings.ipynb #f9b5fc76
+# %% ../nbs/27_findings.ipynb #f82cd415
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .durable import CorruptFile
-from .strict_json import read_json
+from .strict_json import WrongField, read_json
 
 # %% ../nbs/27_findings.ipynb #3428c6c1
 class IntegrityError(ValueError):
@@ -72,7 +73,7 @@ def _state(checkpoint: dict[str, Any]) -> str:
     state = "verified" if checkpoint["verified"] else "refused" if checkpoint["content"] else "BROKEN"
     return f"{state:8}  {'its signature does not hold here' if signature == 'wrong' else signed}"
 
-# %% ../nbs/27_findings.ipynb #b1fbc683
+# %% ../nbs/27_findings.ipynb #ee075a85
 class Look:
     "Collects findings, with file names relative to what is looked at."
 
@@ -91,10 +92,13 @@ class Look:
         "Something that does not agree, in `file`: its field `name`, what stands there, and what to do."
         self.report.findings.append(Finding(self.name(file), name, value, problem, do))
 
-    def json(self, file: Path, do: str, max_bytes: int = 16 << 20) -> dict[str, Any] | None:
-        "The content of a JSON file; a finding and None where it cannot be read."
+    def json(self, file: Path, do: str, read: Callable[..., dict[str, Any]] = read_json, **options: Any) -> dict[str, Any] | None:
+        "The content of a JSON file, by `read`; a finding and None where it cannot be read, or holds what it cannot hold."
         try:
-            return read_json(file, max_bytes)
+            return read(file, **options)
+        except WrongField as error:
+            self.finding(file, error.field, error.value, f"it has to be {error.wanted}", do)
+            return None
         except CorruptFile as error:
             self.finding(file, "content", None, str(error), do)
             return None

@@ -95,10 +95,9 @@ class FolderLock:
                 os.close(self.fd)
         self.fd = -1
 
-# %% ../nbs/24_run_folder.ipynb #26d553d7
+# %% ../nbs/24_run_folder.ipynb #678e4051
 _OF_A_RUN = ("latest.json", "latest.json.bak", "config.resolved.json", "config.snapshot.json", "metrics_history.jsonl", "tokenizer.json",
-             ".codex", "evaluation",
-             "export", "tensorboard", "wandb")
+             ".codex", "evaluation", "export", "tensorboard", "wandb")
 
 
 class RunFolder:
@@ -112,8 +111,7 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex
         self.latest: Checkpoint | None = None
         self.parent: str | None = None  # SHA-256 of the last epoch's checkpoint: the chain
-        self.sign: Callable[..., str | None] | None = None  # (run_id, name, SHA-256 of each file, metadata) → a signature
-        self.accept: Callable[[Checkpoint, str | None], str | None] | None = None  # (checkpoint, run_id) → a remark, or `CorruptFile`
+        self.signing: Any = None  # a `Signing`, which signs what is saved here and judges what is loaded
 
     def __enter__(self) -> "RunFolder":
         self._made = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
@@ -158,9 +156,9 @@ class RunFolder:
                 remarks.append(str(error))
 
         def load(checkpoint: Checkpoint) -> dict[str, Any]:
-            if self.accept and checkpoint.metadata:
+            if self.signing and checkpoint.metadata:
                 try:
-                    remark = self.accept(checkpoint, run_id)
+                    remark = self.signing.problem(checkpoint, run_id)
                 except CorruptFile as error:
                     refused.append(str(error))
                     raise
@@ -183,7 +181,9 @@ class RunFolder:
     def go_on(self, checkpoint: Checkpoint) -> None:
         "This process continues the run from `checkpoint`; checkpoints after it (they did not verify) are moved aside."
         run_id = self.recorded().get("run_id")
-        self.run_id = run_id if isinstance(run_id, str) else self.run_id
+        if run_id is None and self.signing:  # the record is damaged; under another name the run would refuse what it has signed
+            run_id = self.signing.run_of(checkpoint)
+        self.run_id = run_id or self.run_id
         self.latest = checkpoint
         self.parent = checkpoint.sha256 if checkpoint.is_epoch else checkpoint.metadata.get("parent_checkpoint_sha256")
         later = [c.name for c in list_checkpoints(self.path) if c.place > checkpoint.place]
@@ -217,7 +217,8 @@ class RunFolder:
     def save(self, name: str, state: Any, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> Checkpoint:
         "Make the checkpoint durable, then point to it, then drop the mid-epoch checkpoints that it replaces."
         facts = redact({**metadata, "parent_checkpoint_sha256": self.parent})
-        checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest), partial(self.sign, self.run_id) if self.sign else None)
+        sign = partial(self.signing.sign, self.run_id) if self.signing else None
+        checkpoint = save_checkpoint(self.path, name, state, facts, dict(manifest), sign)
         self._point_to(checkpoint, manifest)
         self.latest = checkpoint
         if checkpoint.is_epoch:

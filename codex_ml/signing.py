@@ -206,7 +206,7 @@ def check_parent(checkpoint: Checkpoint, keys: Sequence[PublicKey] | None) -> No
             raise SignatureError(f"{checkpoint.folder/SIGNATURE} was made for another place: its parent has SHA-256 {parent}, and "
                                  f"{other.name} here has {other.sha256}")
 
-# %% ../nbs/26_signing.ipynb #dbec9a3e
+# %% ../nbs/26_signing.ipynb #a3e164f4
 @dataclass(frozen=True)
 class Signing:
     "How a run signs (`key`, or None) and what it asks of signatures (`mode`: required, warn, off)."
@@ -231,6 +231,13 @@ class Signing:
                 raise error if isinstance(error, SignatureError) else SignatureError(str(error)) from error
             return str(error)
         return None
+
+    def run_of(self, checkpoint: Checkpoint) -> str | None:
+        "The run that a checkpoint was signed for, if its signature holds."
+        try:
+            return check_signature(checkpoint, self.trusted or None).facts["run_id"]
+        except (CorruptFile, OSError):
+            return None
 
     def admit(self, checkpoint: Checkpoint) -> list[str]:
         "What is to be said of a checkpoint's signature, in the run where it lies; `SignatureError` where a good one is required."

@@ -122,7 +122,7 @@ def read_json(path: str | os.PathLike, max_bytes: int = 16 << 20) -> dict[str, A
     except (ValueError, OSError) as error:
         raise CorruptFile(f"{path} is not a JSON file that can be used: {error}") from error
 
-# %% ../nbs/06_strict_json.ipynb #6a2ee9fe
+# %% ../nbs/06_strict_json.ipynb #057ba8af
 class WrongField(CorruptFile):
     "A file is good JSON, and a field in it holds what it cannot hold."
 
@@ -187,4 +187,4 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     "The `run_manifest.json` at `path`, its fields checked. `CorruptFile` names file, field and value."
     content = read_json(path)
     check_fields(path, content, _MANIFEST, "Restore it from a copy: nothing is lost but the record of where this was made")
-    return {name: value for name, value in content.items() if value is not None or name not in ("env", "environment")}
+    return content | {name: {} for name in ("env", "environment") if name in content and content[name] is None}  # they could not be told

@@ -135,7 +135,7 @@ def _tell_failure(sinks: Sinks, kind: type[BaseException] | None, error: BaseExc
     if error is not None and not isinstance(error, SystemExit):
         sinks.end("failed", "error", error=f"{type(error).__name__}: {error}")
 
-# %% ../nbs/56_train_loop.ipynb #9bd9f103
+# %% ../nbs/56_train_loop.ipynb #1d3e2cec
 def train(settings: Settings, parts: Parts) -> TrainingResult:
     "What `run_training` does once its arguments are sorted. After a SIGTERM the state is saved, then `SystemExit(143)` raised."
     begun, config = time.monotonic(), settings.config
@@ -151,8 +151,8 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
         stack.callback(run.close)
         signing = open_signing(config.checkpoint) if config.checkpoint.dir else None
         folder = stack.enter_context(RunFolder(config.checkpoint.dir)) if config.checkpoint.dir else None
-        if folder and signing:
-            folder.sign, folder.accept = signing.sign, signing.problem
+        if folder:
+            folder.signing = signing
         identity = identity_of(config, parts, data, run, _threads(config, folder))
         surroundings, origin = environment(run.state.device), Origin()
         run_id = os.urandom(16).hex()

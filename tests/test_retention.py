@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -204,6 +205,31 @@ def test_an_old_one_without_metadata_is_not_taken_for_the_newest(tmp_path):
     report = prune_checkpoints(tmp_path, keep_last=2)
     assert epochs(tmp_path) == [3, 4]
     assert report["pruned"][0] == {"name": "epoch-0001", "bytes": None, "checkpoint_sha256": None}
+
+
+def test_the_best_stays_whichever_reading_of_it_fails(tmp_path, monkeypatch):
+    """The disk says EIO once: what could not be read at one moment is not judged by what can be read at the next."""
+    real, reads = os.open, [0]
+    for failing in range(1, 20):
+        folder = tmp_path / str(failing)
+        folder.mkdir()
+        fill(folder, [3, 1, 2, 2.5])
+        reads[0] = 0
+
+        def eio_once(path, *args, failing=failing, **kwargs):
+            if str(path).endswith("epoch-0002/metadata.json"):
+                reads[0] += 1
+                if reads[0] == failing:
+                    raise OSError(errno.EIO, "Input/output error")
+            return real(path, *args, **kwargs)
+
+        with monkeypatch.context() as m:
+            m.setattr(os, "open", eio_once)
+            prune_checkpoints(folder, keep_last=2)
+        assert 2 in epochs(folder), f"the best is gone, of which reading {failing} failed"
+        if reads[0] < failing:
+            break
+    assert 1 < failing < 19
 
 
 def test_none_verifies_none_of_the_protected_goes(tmp_path):

@@ -232,7 +232,7 @@ def in_place(folder):
 
 MUTANTS = {  # what is broken, and what has to see it
     "the best is not protected": (histories, lambda m: m.setattr(retention, "score", lambda checkpoint: 0.0)),
-    "nothing is protected": (histories, lambda m: m.setattr(retention, "protected_names", lambda folder, verified=(): (None, set()))),
+    "nothing is protected": (histories, lambda m: m.setattr(retention, "protected_names", lambda *_: (None, set()))),
     "the newest that verifies is not protected": (
         histories, lambda m: m.setattr(retention, "_verifies", lambda checkpoint, verified: True)),
     "the budget is not kept": (histories, lambda m: m.setattr(retention, "_size", lambda checkpoint: 0)),

@@ -815,6 +815,20 @@ def test_from_a_new_key_to_a_verified_run(words: list[str], tmp_path: Path, caps
     assert "epoch-0002 is not signed" in capsys.readouterr().out
 
 
+def test_a_damaged_record_costs_a_signed_run_not_its_name(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is signed names the run. Under a new name, the run would refuse its own checkpoints from then on."""
+    assert main(["keys", "new"]) == 0
+    assert main(["keys", "trust", str(tmp_path / "config/codex_ml/signing_key.pub.pem")]) == 0
+    assert main([*words, "checkpoint.sign=true"]) == 0
+    record = tmp_path / "run/config.resolved.json"
+    run_id = json.loads(record.read_text())["run_id"]
+    record.write_text("{")
+    assert main([*words, "checkpoint.sign=true", "checkpoint.resume=true", "epochs=3"]) == 0
+    assert json.loads(record.read_text())["run_id"] == run_id
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run"), "--deep"]) == 0, capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["checkpoint.sign=true"], "cannot be read"), (["checkpoint.sign=true", "checkpoint.key=nowhere.pem"], "nowhere.pem"),
     (["checkpoint.signature=required"], "no key is trusted"), (["checkpoint.signature=requird"], "did you mean 'required'"),

@@ -90,12 +90,13 @@ def budget_problem(policy: RetentionConfig, epochs: int, size: int) -> str | Non
     return (f"checkpoint.retention.max_bytes={policy.max_bytes} {need} what must stay: {what}, so up to {stays * size:,} bytes are kept. "
             f"Set it to {stays * size} or more, or to null")
 
-# %% ../../nbs/23_retention.ipynb #6cce83fc
-def protected_names(checkpoint_dir: str | Path, verified: Iterable[str] = ()) -> tuple[str | None, set[str]]:
+# %% ../../nbs/23_retention.ipynb #37323bbc
+def protected_names(checkpoint_dir: str | Path, verified: Iterable[str] = (), checkpoints: Sequence[Checkpoint] | None = None,
+                    ) -> tuple[str | None, set[str]]:
     """The latest checkpoint's name (`latest.json` has it, else the order), and the names of all that must stay: that one, the newest
     by steps and by number, the newest that verifies, and the best epoch. `verified` names those whose hash is known to be good, which
-    need not be read again."""
-    checkpoints, verified = list_checkpoints(checkpoint_dir), set(verified)
+    need not be read again. `checkpoints` are those of the folder, where they have been listed."""
+    checkpoints, verified = list_checkpoints(checkpoint_dir) if checkpoints is None else checkpoints, set(verified)
     good, epochs = [c for c in checkpoints if c.metadata], [c for c in checkpoints if c.is_epoch]
     pointer, _ = read_pointer(checkpoint_dir)
     pointed = [c for c in checkpoints if pointer and c.name == pointer["path"]]
@@ -114,7 +115,7 @@ def _verifies(checkpoint: Checkpoint, verified: set[str]) -> bool:
     except CorruptFile:
         return False
 
-# %% ../../nbs/23_retention.ipynb #121f8646
+# %% ../../nbs/23_retention.ipynb #25bf259b
 def _checked(**policy: Any) -> RetentionConfig:
     for name, value in policy.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -132,10 +133,11 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep_last: int | None = None, 
     `over_max_bytes` (how many of them are beyond the budget, because they must stay). `ConfigError` for a value below 1.
     """
     policy = _checked(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, max_epochs=max_epochs, max_bytes=max_bytes)
-    checkpoints = sorted((c for c in list_checkpoints(checkpoint_dir) if c.is_epoch), key=lambda c: c.epoch)
+    found = list_checkpoints(checkpoint_dir)  # once: an error of the disk may pass, and what is best be judged by what could be read
+    checkpoints = sorted((c for c in found if c.is_epoch), key=lambda c: c.epoch)
     if all(value is None for value in vars(policy).values()):  # nothing will go, so no hash need be read
-        verified = [c.name for c in list_checkpoints(checkpoint_dir)]
-    latest, protected = protected_names(checkpoint_dir, verified)
+        verified = [c.name for c in found]
+    latest, protected = protected_names(checkpoint_dir, verified, found)
     report: dict[str, Any] = {"total": len(checkpoints), "kept": [], "pruned": [], "protected_latest": latest, "dry_run": dry_run,
                               "failed": []}
     for checkpoint, keep in zip(checkpoints, plan_retention(checkpoints, policy, protected), strict=True):

@@ -78,7 +78,7 @@ def opened(run: Path, signing: Any = None) -> Iterator[RunFolder]:
     """A run's folder, which signs and asks for signatures where it is told how."""
     with RunFolder(run) as folder:
         if signing is not None:
-            folder.sign, folder.accept = signing.sign, signing.problem
+            folder.signing = signing
         yield folder
 
 

@@ -92,7 +92,7 @@ def test_the_power_fails_again_while_a_run_recovers(scenario, scratch, rng, full
     tally("power cuts", f"{scenario.name}, again in its recovery", cuts=cuts, states=found)
 
 
-@pytest.mark.parametrize("number", range(24 if FULL else 1))
+@pytest.mark.parametrize("number", range(32 if FULL else 1))
 def test_nothing_that_was_promised_is_lost_in_any_history(number, scratch, rng, full, tally):
     scenario = History(rng.randrange(10**6), 14 if full else 6)
     print(f"history {scenario.seed}")

@@ -1826,6 +1826,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'codex_ml/telemetry/tensorboard.py'),
                                                 'codex_ml.telemetry.tensorboard.TensorBoardSink.flush': ( 'tensorboard.html#tensorboardsink.flush',
                                                                                                           'codex_ml/telemetry/tensorboard.py'),
+                                                'codex_ml.telemetry.tensorboard.TensorBoardSink.tick': ( 'tensorboard.html#tensorboardsink.tick',
+                                                                                                         'codex_ml/telemetry/tensorboard.py'),
                                                 'codex_ml.telemetry.tensorboard._histogram': ( 'tensorboard.html#_histogram',
                                                                                                'codex_ml/telemetry/tensorboard.py'),
                                                 'codex_ml.telemetry.tensorboard._load': ( 'tensorboard.html#_load',

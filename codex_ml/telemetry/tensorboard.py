@@ -162,20 +162,25 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         else:
             yield f"{prefix}{name}", value
 
-# %% ../../nbs/44_tensorboard.ipynb #19d9304f
+# %% ../../nbs/44_tensorboard.ipynb #5df7caa4
 class TensorBoardSink:
     "Puts a run's records into a `TBWriter`."
 
     def __init__(self, writer: TBWriter):
         self.writer = writer
+        self._row: dict[str, float] = {}  # the numbers of one step and instant, which become one event
+        self._at: tuple[int, float] = 0, 0.0
         self._manifests: dict[str, Mapping[str, Any]] = {}
 
     def emit(self, record: dict[str, Any]) -> None:
         kind, step, when = record["$schema"], record["step"], seconds(record)
+        if (step, when) != self._at or kind == EVENT:
+            self.tick()
+            self._at = step, when
         if kind == SCHEMA:
             self._metric(record, step, when)
         elif kind == SNAPSHOT:
-            self.writer.add_scalars(system_values(record), step, when)
+            self._row |= system_values(record)
         elif kind == MANIFEST:
             self._manifests[record["manifest"]] = record["data"]
             while len(self._manifests) > 1000:  # the row that points to one follows it
@@ -188,7 +193,7 @@ class TensorBoardSink:
         if isinstance(value, str):
             self.writer.add_text(name, value, step, when)
         elif value is not None:
-            self.writer.add_scalar(name, value, step, when)
+            self._row[name] = value
         elif (data := self._manifests.get(tags.get("manifest"))) is not None:
             if tags.get("kind") == "histogram":
                 self.writer.add_histogram(name, data, step, when)
@@ -205,10 +210,17 @@ class TensorBoardSink:
         elif event == "run_end" or record["severity"] != "info":
             self.writer.add_text(f"events/{event}", table(["key", "value"], flat(data)), step, when)
 
+    def tick(self, now: float = 0.0) -> None:
+        "Write the row that waits, also where nothing follows it for a second."
+        row, self._row = self._row, {}
+        self.writer.add_scalars(row, *self._at)
+
     def flush(self) -> None:
+        self.tick()
         self.writer.flush()
 
     def close(self) -> None:
+        self.tick()
         self.writer.close()
 
 

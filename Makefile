@@ -42,7 +42,7 @@ bench: $(VENV)/dev.stamp ## print speed and memory beside a bare PyTorch loop; A
 kill-test: $(VENV)/dev.stamp ## kill a training process KILLS times at random instants and demand the same hash
 	@KILLS=$(KILLS) $(PY) -m pytest tests/test_kill.py
 
-torture: $(VENV)/dev.stamp ## try every fault in full: crash points, power cuts, kills, damage; ARGS="--seed N" repeats a run
+torture: $(VENV)/dev.stamp ## try every fault in full: crash points, power cuts, kills, damage (half an hour); ARGS="--seed N" repeats a run, --write puts its table into the docs
 	@$(PY) -m tools.torture --jobs $(JOBS) --kills $(KILLS) $(ARGS)
 
 mlflow-ui: $(VENV)/dev.stamp ## serve MLflow's pages of the runs here, on 127.0.0.1, until Ctrl-C; ARGS="--dir FOLDER --port N"

@@ -1779,6 +1779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'codex_ml/telemetry/tally.py'),
                                           'codex_ml.telemetry.tally.Tally.read': ('tally.html#tally.read', 'codex_ml/telemetry/tally.py'),
                                           'codex_ml.telemetry.tally.Tally.rows': ('tally.html#tally.rows', 'codex_ml/telemetry/tally.py'),
+                                          'codex_ml.telemetry.tally._cut': ('tally.html#_cut', 'codex_ml/telemetry/tally.py'),
                                           'codex_ml.telemetry.tally._ends': ('tally.html#_ends', 'codex_ml/telemetry/tally.py'),
                                           'codex_ml.telemetry.tally._row': ('tally.html#_row', 'codex_ml/telemetry/tally.py'),
                                           'codex_ml.telemetry.tally.chunks': ('tally.html#chunks', 'codex_ml/telemetry/tally.py'),

@@ -26,7 +26,7 @@ from .segments import LINE_LIMIT, open_part, stream_files
 from .shapes import Point, Series, cut_lines, import_polars, judge, points
 from .skipped import Skipped
 
-# %% ../../nbs/75_tally.ipynb #31ba4c43
+# %% ../../nbs/75_tally.ipynb #d1e2714e
 def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
     "The files of a stream, oldest first, open. `FileNotFoundError` where there is none."
     for _ in range(10):
@@ -42,7 +42,7 @@ def open_stream(stream: Path) -> list[tuple[Path, IO[bytes]]]:
     raise FileNotFoundError(f"there is no stream of metrics at {stream}")
 
 
-def chunks(file: Any, broken: list[Exception], size: int = 6 << 20) -> Iterator[tuple[bytes, bytes]]:
+def chunks(file: Any, broken: list[Exception], size: int = 8 << 20) -> Iterator[tuple[bytes, bytes]]:
     """The file in pieces of about `size` bytes, each with the whole of the line in which it ends; that is empty where it ends with a line.
 
     What cannot be decompressed ends the file, and the reason goes into `broken`.
@@ -75,8 +75,12 @@ def is_other(stream: Path) -> bool:
         for _, file in files:
             file.close()
 
-# %% ../../nbs/75_tally.ipynb #67d6adb5
+# %% ../../nbs/75_tally.ipynb #d26d16b2
 WORKERS = 2  # pieces that are cut at a time; for each, polars takes all the cores it can use
+
+
+def _cut(piece: bytes) -> Any:
+    return cut_lines(piece) or piece
 
 
 class Tally:
@@ -93,10 +97,10 @@ class Tally:
     def read(self, path: Path, file: IO[bytes]) -> None:
         "Take a file in, as far as it can be read."
         broken: list[Exception] = []
-        ahead: deque[tuple[bytes, bytes, Future[Any]]] = deque()
+        ahead: deque[tuple[bytes, Future[Any]]] = deque()  # without the pieces: what was cut has the text again
         line = 1
         for piece, last in chunks(file, broken):
-            ahead.append((piece, last, self.pool.submit(cut_lines, piece)))
+            ahead.append((last, self.pool.submit(_cut, piece)))
             if len(ahead) > WORKERS:
                 line += self._add(*ahead.popleft(), path, line)
         while ahead:
@@ -104,10 +108,10 @@ class Tally:
         for error in broken:
             self.skipped(f"{path}:{line}: {error}")
 
-    def _add(self, piece: bytes, last: bytes, cut: Future[Any], path: Path, line: int) -> int:
+    def _add(self, last: bytes, cut: Future[Any], path: Path, line: int) -> int:
         "Take a piece in, whose first line is number `line` of its file; the number of lines that it begins or holds."
-        if cut.result():
-            lines, shapes = cut.result()
+        if not isinstance(piece := cut.result(), bytes):
+            lines, shapes = piece
             found, rows = self._sorted_out(shapes)
             odd, height = [(row, text.encode()) for row, text in zip(rows, lines.gather(rows), strict=True) if text], len(lines)
             self.records += found.height
@@ -123,14 +127,15 @@ class Tally:
     def _sorted_out(self, shapes: Any) -> tuple[Any, list[int]]:
         "The points in lines of a good shape, and the rows of the other lines."
         pl = self.pl
-        judged = [self._judge(shape, size) for shape, size in shapes.select("shape", pl.col("row").list.len()).iter_rows()]
-        series, phases = ([known and known[i] for known in judged] for i in (0, 1))
-        shapes = shapes.with_columns(pl.Series("series", series, pl.UInt32), pl.Series("phase", phases, pl.String))
-        known, columns = shapes.drop_nulls("series"), ("row", "step", "value", "time")
-        found = known.select("series", "phase", *columns).explode(*columns).with_columns(at="step")
-        if known["series"].n_unique() < known.height:  # shapes of one series take turns
+        judged = [*map(self._judge, shapes["shape"].to_list(), shapes["row"].list.len().to_list())]
+        odd = [i for i, known in enumerate(judged) if known is None]
+        series, phases = [known[0] for known in judged if known], [known[1] for known in judged if known]
+        good = shapes[[i for i, known in enumerate(judged) if known]] if odd else shapes
+        good = good.drop("shape").hstack([pl.Series("series", series, pl.UInt32), pl.Series("phase", phases, pl.String)])
+        found = good.explode("row", "step", "value", "time").select("series", "phase", "row", "step", "value", "time", at="step")
+        if len({*series}) < len(series):  # shapes of one series take turns
             found = found.sort("row")
-        return found, shapes.filter(pl.col("series").is_null())["row"].explode().drop_nulls().sort().to_list()
+        return found, shapes["row"][odd].explode().drop_nulls().sort().to_list() if odd else []
 
     def _judge(self, shape: str | None, size: int) -> tuple[int, str] | None:
         if shape and shape not in self.shapes and size > 2:  # else decoding the lines is less work

@@ -21,7 +21,7 @@ def work() -> None:
 
 def sinks(folder: Path, quick: bool) -> list[Figure]:
     """Steps of ten milliseconds on one core, with every local sink on, beside the bare steps: with a record of each metric at every
-    tenth step, as is usual, and at every one. A turn ends when the sinks' threads have nothing left to do."""
+    tenth step, as is usual, and at every one. A turn ends with a flush, as an epoch does, and when the threads have nothing left to do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     repeats = max(1, round(0.01 / min(timed(work) for _ in range(20))))
@@ -42,6 +42,7 @@ def sinks(folder: Path, quick: bool) -> list[Figure]:
             count += 1
             if count % every == 0:
                 door.log(count, "train", {"loss": 0.25, "lr": 1e-3, "step_time": 0.01, "data_time": 1e-4})
+        door.flush()
         while any(sink.calls.qsize() for sink in door.sinks.values() if isinstance(sink, Background)):
             time.sleep(1e-4)
         return (time.perf_counter() - begun) / steps

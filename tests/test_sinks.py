@@ -225,6 +225,28 @@ def test_a_sink_that_ticks_is_told_the_time(tmp_path):
     assert ticks.calls[0][0] == "tick" and abs(ticks.calls[0][1] - time.time()) < 5
 
 
+@pytest.mark.parametrize("hurry", ("flush", "close", "a thousand"))
+def test_a_record_waits_for_others_and_a_flush_for_nothing(hurry):
+    sink = Recorder()
+    background = Background(lambda: sink, lambda *_: None, pause=30.0)
+    background.emit({"metric": "loss", "value": 1})
+    background.emit({"metric": "loss", "value": 2})
+    time.sleep(0.2)
+    assert sink.calls == [], "it did not wait"
+    if hurry == "a thousand":
+        for step in range(3, 1100):
+            background.emit({"metric": "loss", "value": step})
+    else:
+        getattr(background, hurry)()
+    begun = time.monotonic()
+    while background.calls.qsize() and time.monotonic() < begun + 10:
+        time.sleep(0.01)
+    background.close()
+    background.thread.join(10)
+    assert not background.thread.is_alive() and time.monotonic() < begun + 15
+    assert [call[2] for call in sink.calls if call[0] == "emit"] == [*range(1, 1100 if hurry == "a thousand" else 3)]
+
+
 def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(ndjson.os, "fsync", synced.append)

@@ -24,16 +24,19 @@ from .record import Sink, event_record, scalar_record, snapshot_record, structur
 
 log = logging.getLogger("codex_ml")
 
-# %% ../../nbs/48_sinks.ipynb #dc53ae0b
+# %% ../../nbs/48_sinks.ipynb #12d862cc
 class Background:
     """Calls the sink that `opens` makes, in a thread of its own; `failed(what, error)` hears of every error. No method waits.
 
-    A sink that has a method `tick` is told the time once a second."""
+    Where nothing waited, a record waits `pause` seconds for others: many in a row cost a fraction of what each costs that wakes a thread
+    up. A flush or the end waits for nothing. A sink that has a method `tick` is told the time after a second without a call."""
 
     most = 10_000  # records that may wait
 
-    def __init__(self, opens: Callable[[], Sink | None], failed: Callable[[str, BaseException], Any], name: str = "sink"):
-        self.opens, self.failed, self.name = opens, failed, name
+    def __init__(self, opens: Callable[[], Sink | None], failed: Callable[[str, BaseException], Any], name: str = "sink",
+                 pause: float = 0.0):
+        self.opens, self.failed, self.name, self.pause = opens, failed, name, pause
+        self._hurry = threading.Event()
         self.calls: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self.done = 0  # calls that came back: a thread that is alive and counts no further hangs
         self.thread = threading.Thread(target=self._run, name=f"codex_ml {name}", daemon=True)
@@ -43,20 +46,28 @@ class Background:
         if self.calls.qsize() >= self.most:
             raise OverflowError(f"it is too slow: {self.most:,} records wait, so later ones are dropped")
         self.calls.put(("emit", record))
+        if self.calls.qsize() > self.most // 10:
+            self._hurry.set()
 
     def flush(self) -> None:
         self.calls.put(("flush",))
+        self._hurry.set()
 
     def close(self) -> None:
         self.calls.put(("close",))
+        self._hurry.set()
 
     def _run(self) -> None:
         sink, method = self._attempt("cannot be opened", self.opens), ""
         while method != "close":
+            self._hurry.clear()
+            idle = self.calls.empty()
             try:
                 method, *arguments = self.calls.get(timeout=1.0)
             except Empty:
                 method, arguments = "tick", [time.time()]
+            if idle and method == "emit":
+                self._hurry.wait(self.pause)
             if sink is not None and (method != "tick" or hasattr(sink, "tick")):
                 self._attempt("failed", _call, sink, method, arguments)
             self.done += 1
@@ -247,7 +258,7 @@ def wanted(config: TrainConfig) -> list[str]:
              "mlflow": config.mlflow_enable, **config.monitoring.sinks}
     return [name for name, wish in asked.items() if wish]
 
-# %% ../../nbs/48_sinks.ipynb #9f83c180
+# %% ../../nbs/48_sinks.ipynb #aeae615f
 def open_sinks(config: TrainConfig, folder: Path | None, run_id: str, *, request_stop: Callable[[str], Any] = lambda reason: None) -> Sinks:
     """Open what `config` asks for. What cannot be opened is told, counted, and left out.
 
@@ -259,7 +270,7 @@ def open_sinks(config: TrainConfig, folder: Path | None, run_id: str, *, request
             door._failed(name, f"the sink {name!r} {what}", error, about=name)
 
         if name != "ndjson":
-            door.sinks[name] = Background(opens, failed, name)
+            door.sinks[name] = Background(opens, failed, name, pause=0.0 if name == "alerts" else 0.5)  # an alert may have to stop the run
             return
         try:
             sink = opens()

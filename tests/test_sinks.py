@@ -13,8 +13,9 @@ import torch
 from codex_ml import registry
 from codex_ml.config import MonitoringConfig, TrainConfig
 from codex_ml.telemetry import ndjson
+from codex_ml.telemetry.background import SinkThread
 from codex_ml.telemetry.ndjson import read_ndjson
-from codex_ml.telemetry.sinks import Background, Sinks, open_sinks
+from codex_ml.telemetry.sinks import Sinks, open_sinks
 
 
 class Recorder:
@@ -193,7 +194,7 @@ def test_a_slow_sink_gets_everything_as_long_as_it_moves(tmp_path):
             super()._call(name, *arguments)
 
     slow = Slow()
-    door = Sinks({"slow": Background(lambda: slow, lambda *_: None)}, "r")
+    door = Sinks({"slow": SinkThread(lambda: slow, lambda *_: None)}, "r")
     for step in range(20):
         door.log(step, "train", {"loss": float(step)})
     door.close()
@@ -201,9 +202,9 @@ def test_a_slow_sink_gets_everything_as_long_as_it_moves(tmp_path):
 
 
 def test_a_queue_that_is_full_drops_and_counts(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(Background, "most", 10)
+    monkeypatch.setattr(SinkThread, "most", 10)
     hangs = Hangs(1)
-    door = Sinks({"hangs": Background(lambda: hangs, lambda *_: None)}, "r")
+    door = Sinks({"hangs": SinkThread(lambda: hangs, lambda *_: None)}, "r")
     for step in range(100):
         door.log(step, "train", {"loss": float(step)})
     hangs.released.set()
@@ -218,33 +219,11 @@ def test_a_sink_that_ticks_is_told_the_time(tmp_path):
             self._call("tick", now)
 
     ticks = Ticks()
-    background = Background(lambda: ticks, lambda *_: None)
+    background = SinkThread(lambda: ticks, lambda *_: None)
     time.sleep(1.2)
     background.close()
     background.thread.join(5)
     assert ticks.calls[0][0] == "tick" and abs(ticks.calls[0][1] - time.time()) < 5
-
-
-@pytest.mark.parametrize("hurry", ("flush", "close", "a thousand"))
-def test_a_record_waits_for_others_and_a_flush_for_nothing(hurry):
-    sink = Recorder()
-    background = Background(lambda: sink, lambda *_: None, pause=30.0)
-    background.emit({"metric": "loss", "value": 1})
-    background.emit({"metric": "loss", "value": 2})
-    time.sleep(0.2)
-    assert sink.calls == [], "it did not wait"
-    if hurry == "a thousand":
-        for step in range(3, 1100):
-            background.emit({"metric": "loss", "value": step})
-    else:
-        getattr(background, hurry)()
-    begun = time.monotonic()
-    while background.calls.qsize() and time.monotonic() < begun + 10:
-        time.sleep(0.01)
-    background.close()
-    background.thread.join(10)
-    assert not background.thread.is_alive() and time.monotonic() < begun + 15
-    assert [call[2] for call in sink.calls if call[0] == "emit"] == [*range(1, 1100 if hurry == "a thousand" else 3)]
 
 
 def test_a_flush_makes_the_records_durable(tmp_path, monkeypatch):

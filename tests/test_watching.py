@@ -1,11 +1,12 @@
 """Watching changes nothing: whatever becomes of a sink, the bits are those of an unwatched run, and the run ends."""
 
+import contextlib
 import importlib
 import logging
 import sys
-import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -33,6 +34,13 @@ class Clock:
         self.last = time.monotonic()
 
 
+class Slowly:
+    """A run as long as libraries and stores need to come up."""
+
+    def on_epoch_start(self, epoch, state):
+        time.sleep(6 if state.global_step == 0 else 0)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """One store for all runs, since to make one takes seconds."""
@@ -54,10 +62,6 @@ def unwatched(tmp_path_factory):
 
 
 def test_all_sinks(tmp_path, unwatched, store):
-    class Slowly:  # a run as long as a store needs to come up
-        def on_epoch_end(self, epoch, metrics, state):
-            time.sleep(4)
-
     result = train(tmp_path, callbacks=[Slowly()], mlflow_dir=str(store), **ALL)
     assert result["checkpoint_sha256_last"] == unwatched
     assert result["sink_errors"] == {}
@@ -87,46 +91,66 @@ def test_an_absent_package(name, tmp_path, unwatched, store, monkeypatch, caplog
     assert len([r for r in read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0] if r.get("metric") == "loss"]) == 20
 
 
-def breaks(monkeypatch, name, at, how):
-    """From its `at`-th record on, the sink does `how()`."""
-    module, owner, _ = SINKS[name]
-    owner = getattr(importlib.import_module(module), owner)
-    emit, count = owner.emit, 0
+BREAKS = """
+import importlib, time
 
-    def broken(self, record):
-        nonlocal count
-        count += 1
-        if count >= at:
-            how()
-        return emit(self, record)
+owner = getattr(importlib.import_module({module!r}), {owner!r})
+call, count = owner.{method}, 0
 
-    monkeypatch.setattr(owner, "emit", broken)
+def broken(self, *arguments):
+    global count
+    count += 1
+    if count >= {at}:
+        {how}
+    return call(self, *arguments)
+
+owner.{method} = broken
+"""
+FAIL, HANG = "raise ConnectionError('nobody answers')", "time.sleep(120)"
 
 
-def fail():
-    raise ConnectionError("nobody answers")
+@pytest.fixture
+def breaks(tmp_path, monkeypatch):
+    """`breaks(name, at, how)`: from its `at`-th call on, the sink does that. Those that have a process of their own do so there."""
+    def breaks(name, at, how):
+        module, owner, package = SINKS[name]
+        method = "append" if name == "ndjson" else "emit"
+        source = BREAKS.format(module=module, owner=owner, method=method, at=at, how=how)
+        if package is None:
+            cls = getattr(importlib.import_module(module), owner)
+            monkeypatch.setattr(cls, method, getattr(cls, method))  # to be put back
+            exec(source, {})
+        else:
+            (tmp_path / "path").mkdir()
+            (tmp_path / "path" / "sitecustomize.py").write_text(source)
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+
+    children = psutil.Process().children()
+    yield breaks
+    for child in set(psutil.Process().children(recursive=True)) - set(children):  # what hangs
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @pytest.mark.parametrize("at", [1, 3, 20])
 @pytest.mark.parametrize("name", SINKS)
-def test_failing_at_a_call(name, at, tmp_path, unwatched, store, monkeypatch, caplog):
-    breaks(monkeypatch, name, at, fail)
+def test_failing_at_a_call(name, at, tmp_path, unwatched, store, breaks, caplog):
+    breaks(name, at, FAIL)
     only = {"tensorboard": {"tensorboard": True}, "wandb": {"wandb_enable": True}, "ndjson": {},
             "mlflow": {"mlflow_enable": True, "mlflow_dir": str(store)}, "alerts": {"monitoring_alerts": {"nan": True}}}[name]
     with caplog.at_level(logging.WARNING, "codex_ml"):
-        result = train(tmp_path, **only)
+        result = train(tmp_path / "run", callbacks=[Slowly()] if name == "mlflow" else [], **only)
     assert result["checkpoint_sha256_last"] == unwatched and result["sink_errors"][name] > 1
     assert sum("nobody answers" in r.getMessage() for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in SINKS if name != "ndjson"])
-def test_hanging_for_ever(name, tmp_path, unwatched, store, monkeypatch, caplog):
-    released, clock = threading.Event(), Clock()
-    breaks(monkeypatch, name, 2, lambda: released.wait(120))
+def test_hanging_for_ever(name, tmp_path, unwatched, store, breaks, caplog):
+    clock = Clock()
+    breaks(name, 2, HANG)
     with caplog.at_level(logging.WARNING, "codex_ml"):
-        result = train(tmp_path, callbacks=[clock], mlflow_dir=str(store), **ALL)
+        result = train(tmp_path / "run", callbacks=[clock, Slowly()], mlflow_dir=str(store), **ALL)
     took = time.monotonic() - clock.last
-    released.set()
     assert result["checkpoint_sha256_last"] == unwatched and result["status"] == "completed"
     assert took < 5 and f"the sink {name!r} was given up" in caplog.text
-    assert len([r for r in read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0] if r.get("metric") == "loss"]) == 20
+    assert len([r for r in read_ndjson(tmp_path / "run" / ".codex" / "metrics.ndjson")[0] if r.get("metric") == "loss"]) == 20

@@ -64,7 +64,10 @@ class NdjsonWriter:
 
     def emit(self, record: dict[str, Any]) -> None:
         "Append one record, handing it to the kernel before this returns."
-        line = encode(record)
+        self.append(encode(record))
+
+    def append(self, line: bytes) -> None:
+        "Append a record that is one line already, its line break included."
         self._own()
         with self._lock:
             if self._closed:

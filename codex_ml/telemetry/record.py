@@ -10,8 +10,9 @@ __all__ = ['utc_timestamp', 'scalar_record', 'encode', 'decode', 'snapshot_recor
 import hashlib
 import json
 import operator
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Protocol
 
 from ..strict_json import json_reason, plain
@@ -20,7 +21,13 @@ from .schema import EVENT, MANIFEST, SAMPLE, SCHEMA, SCHEMA_VERSION, SNAPSHOT
 # %% ../../nbs/31_record.ipynb #a833a53e
 def utc_timestamp() -> str:
     "Now, like `2026-11-24T08:30:00.123456Z`."
-    return datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+    seconds, microseconds = divmod(time.time_ns()//1000, 1_000_000)
+    return f"{_to_the_second(seconds)}.{microseconds:06d}Z"
+
+
+@lru_cache(maxsize=1)
+def _to_the_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def scalar_record(run_id: str, step: int, split: str, metric: str, value: Any, dataset: str | None = None,

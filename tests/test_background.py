@@ -1,0 +1,255 @@
+"""A sink in a process of its own: nothing is lost or waited for, whatever becomes of the process or of the run."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from codex_ml import registry
+from codex_ml.config import TrainConfig
+from codex_ml.telemetry.background import SinkProcess, SinkThread
+from codex_ml.telemetry.record import scalar_record
+from codex_ml.telemetry.sinks import open_sinks
+from codex_ml.telemetry.tensorboard import read_scalars
+
+pytest.importorskip("tensorboard")
+ON = TrainConfig(tensorboard=True, metrics_out=None, system_metrics_interval=0)
+
+
+@pytest.fixture
+def failures():
+    return []
+
+
+@pytest.fixture
+def start(tmp_path, failures):
+    """`start()` opens TensorBoard's sink; what is left of it at the end is killed."""
+    started = []
+
+    def start(config=ON, name="tensorboard"):
+        started.append(SinkProcess(name, config, tmp_path, "0f3a", lambda what, why: failures.append(f"{what}: {why}")))
+        return started[-1]
+
+    yield start
+    for sink in started:
+        sink.process.kill()
+        sink.process.wait()
+
+
+def record(step, note=""):
+    return scalar_record("0f3a", step, "train", "loss", step / 7, tags={"note": note})
+
+
+def steps(folder):
+    return [step for step, _ in read_scalars(folder / "tensorboard")["train/loss"]]
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+def finish(sink):
+    sink.close()
+    sink.wait(time.monotonic() + 30)
+
+
+def test_all_that_was_logged_arrives_and_no_process_is_left(start, tmp_path, failures):
+    before = len(os.listdir("/proc/self/fd"))
+    sink = start()
+    for step in range(5000):  # more than its pipe takes while it starts
+        sink.emit(record(step))
+    finish(sink)
+    assert steps(tmp_path) == [*range(5000)] and sink.process.returncode == 0 and failures == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("count, note", [(9000, ""), (1000, "long" * 2000)])  # of the long ones a pipe takes parts
+def test_a_full_pipe_keeps_lines_whole_and_nobody_waiting(count, note, start, tmp_path, failures):
+    sink = start()
+    until(lambda: sink._heard)
+    os.kill(sink.process.pid, signal.SIGSTOP)
+    longest = 0.0
+    for step in range(count):
+        begun = time.perf_counter()
+        sink.emit(record(step, note))
+        longest = max(longest, time.perf_counter() - begun)
+    assert len(sink._lines) > 500 and longest < 0.5
+    os.kill(sink.process.pid, signal.SIGCONT)
+    finish(sink)
+    assert steps(tmp_path) == [*range(count)] and failures == []
+
+
+def test_what_finds_too_many_waiting_is_refused_and_a_silent_process_killed(start, monkeypatch, failures):
+    monkeypatch.setattr(SinkProcess, "most", 100)
+    sink = start()
+    until(lambda: sink._heard)
+    os.kill(sink.process.pid, signal.SIGSTOP)
+    with pytest.raises(OverflowError, match="100 records wait"):
+        for step in range(20_000):
+            sink.emit(record(step))
+    sink.close()
+    begun = time.monotonic()
+    sink.wait(begun + 0.5)
+    assert time.monotonic() < begun + 2
+    assert len(failures) == 1 and "says nothing, and is killed" in failures[0] and "codex-ml export RUN --to tensorboard" in failures[0]
+    sink.thread.join(5)
+    assert sink.process.returncode == -signal.SIGKILL and len(failures) == 1
+
+
+def test_a_crash_is_told_and_counted(tmp_path, caplog):
+    with open_sinks(ON, tmp_path, "0f3a") as door:
+        sink = door.sinks["tensorboard"]
+        until(lambda: sink._heard)
+        os.kill(sink.process.pid, signal.SIGSEGV)
+        sink.thread.join(10)
+        for step in range(3):
+            door.log(step, "train", {"loss": 1.0, "lr": 0.1})
+    assert "has lost its process" in caplog.text and "SIGSEGV" in caplog.text and "its process has ended" in caplog.text
+    assert door.errors["tensorboard"] == 1 + 3 + 1  # the crash, three handfuls of records, the end
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_means_the_run_does_not_end_its_sinks(number, start, tmp_path, failures):
+    sink = start()
+    sink.emit(record(1))
+    until(lambda: sink._heard)
+    os.kill(sink.process.pid, number)
+    sink.emit(record(2))
+    finish(sink)
+    assert steps(tmp_path) == [1, 2] and failures == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from codex_ml.config import TrainConfig
+from codex_ml.telemetry.sinks import open_sinks
+door = open_sinks(TrainConfig(tensorboard=True, system_metrics_interval=0), Path(sys.argv[1]), "0f3a")
+for step in range(1, 501):
+    door.log(step, "train", {"loss": step / 7})
+print(door.sinks["tensorboard"].process.pid, flush=True)
+os.killpg(os.getpgrp(), signal.SIGKILL)
+"""
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_run_that_is_killed_is_logged_to_its_last_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pid = int(done.stdout)
+    until(lambda: gone(pid))
+    assert steps(tmp_path) == [*range(1, 501)]
+
+
+def test_the_sink_of_a_resumed_run_waits_for_that_of_the_killed_one(start, tmp_path):
+    (tmp_path / ".codex").mkdir()
+    with open(tmp_path / ".codex" / "tensorboard.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sink = start()
+        sink.emit(record(1))
+        until(lambda: sink._heard)
+        time.sleep(0.5)
+        assert not (tmp_path / "tensorboard").exists()
+    finish(sink)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_lock_that_leads_out_of_the_folder_is_not_followed(start, tmp_path, failures):
+    (tmp_path / ".codex").mkdir()
+    (tmp_path / ".codex" / "tensorboard.lock").symlink_to(tmp_path / "elsewhere")
+    sink = start()
+    sink.emit(record(1))
+    finish(sink)
+    assert steps(tmp_path) == [1] and not (tmp_path / "elsewhere").exists() and failures == []
+
+
+def test_what_may_not_be_imported_here_is_not_imported_there(start, tmp_path, failures, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    sink = start()
+    sink.emit(record(1))
+    finish(sink)
+    assert "TensorBoard cannot be loaded" in caplog.text and not (tmp_path / "tensorboard").exists() and failures == []
+
+
+def test_what_a_library_prints_disturbs_nothing(start, tmp_path, failures, monkeypatch, capfd):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        "from codex_ml.telemetry import tensorboard\nemit = tensorboard.TensorBoardSink.emit\n"
+        "def chatty(self, record):\n    print('a word about', record['step'], flush=True)\n    return emit(self, record)\n"
+        "tensorboard.TensorBoardSink.emit = chatty\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    sink = start()
+    sink.emit(record(7))
+    finish(sink)
+    assert steps(tmp_path) == [7] and failures == [] and "a word about 7" in capfd.readouterr().err
+
+
+def test_a_line_that_is_none_costs_itself_only(start, tmp_path, failures):
+    sink = start()
+    sink.append(b"{\n")
+    sink.emit(record(2))
+    finish(sink)
+    assert steps(tmp_path) == [2] and len(failures) == 1 and failures[0].startswith("failed: ValueError")
+
+
+def test_a_start_that_fails_leaves_the_run_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with open_sinks(ON, tmp_path, "0f3a") as door:
+        door.log(1, "train", {"loss": 1.0})
+    assert door.errors == {"tensorboard": 1} and "cannot be opened: FileNotFoundError" in caplog.text
+
+
+def test_one_that_is_still_to_come_up_goes_on_alone(start, tmp_path, failures, caplog):
+    (tmp_path / ".codex").mkdir()
+    with open(tmp_path / ".codex" / "tensorboard.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sink = start()
+        sink.emit(record(1))
+        sink.close()
+        sink.wait(time.monotonic() + 0.2)
+        assert "still at work when the run ends" in caplog.text and failures == []
+    sink.thread.join(30)
+    assert steps(tmp_path) == [1] and sink.process.returncode == 0 and failures == []
+
+
+def test_a_name_that_a_user_took_is_called_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    callers = []
+
+    class Mine:
+        def emit(self, record):
+            callers.append(threading.current_thread().name)
+
+        def flush(self):
+            callers.append("flush")
+
+        def close(self):
+            callers.append("close")
+
+    registry.register("sinks", "tensorboard", lambda config, folder, run_id: Mine(), override=True)
+    with open_sinks(ON, tmp_path, "0f3a") as door:
+        assert isinstance(door.sinks["tensorboard"], SinkThread)
+        door.log(1, "train", {"loss": 1.0})
+    assert callers == ["codex_ml tensorboard", "close"]
+
+
+def test_the_configuration_arrives(start, tmp_path):
+    sink = start(TrainConfig(tensorboard=True, tensorboard_dir="curves", model_args={"act": object()}))
+    sink.emit(record(1))
+    finish(sink)
+    assert list((tmp_path / "curves").glob("events*"))

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 
 import numpy as np
 import pytest
@@ -376,12 +375,12 @@ def test_under_papermill_lines(tmp_path):
     assert "".join(o["text"] for o in outputs).count("\n") == 4
 
 
-def test_a_step_costs_little():
-    display = open_display("lines", 1, io.StringIO())
-    begun = time.perf_counter()
+def test_a_step_costs_little(monkeypatch):
+    display, shown = open_display("lines", 1, io.StringIO()), []
+    monkeypatch.setattr(display, "_show", lambda *step: shown.append(step))
     for step in range(20_000):
         display.step(1, step, 20_000, 1.0, 1e-3)
-    assert (time.perf_counter() - begun) / 20_000 < 20e-6  # it is 0.2 µs; this only catches work done at each step
+    assert len(shown) < 5, "a step is shown when its time has come, not each"
 
 
 def test_nothing_draws_a_random_number(clock):

@@ -234,20 +234,18 @@ def test_where_the_redactor_was_the_doctor_finds_nothing(tmp_path_factory, tree,
 # ---- a scalar costs next to nothing
 
 
-def test_a_number_is_not_held_up():
-    redactor, record = Redactor(), scalar_record("0f3a", 10, "train", "loss", 2.5)
-    best = 1.0
-    for _ in range(30):
-        begun = time.perf_counter()
-        for _ in range(2000):
-            redactor.record(record)
-        best = min(best, (time.perf_counter() - begun) / 2000)
-    assert redactor.record(record) is record
+def test_a_number_is_not_held_up(monkeypatch):
+    looks, find = [], secrets.secrets_in
+    monkeypatch.setattr(secrets, "secrets_in", lambda text, *given: looks.append(text) or find(text, *given))
+    redactor = Redactor()
+    for step in range(1000):
+        record = scalar_record("0f3a", step, "train", "loss", step / 7)
+        assert redactor.record(record) is record
+    assert sorted(looks) == ["loss", "train"], "each text of all these records is looked at once"
     tagged = scalar_record("0f3a", 10, "train", "loss", 2.5, tags={"phase": "train"})
     assert redactor.record(tagged) is tagged and redactor.record(tagged) is tagged
     for hidden in (scalar_record("0f3a", 1, "train", "api_key", "train"), scalar_record("0f3a", 1, "x", "m", 1.0, tags={"token": "train"})):
         assert redactor.record(hidden) is not hidden, "a text that is harmless elsewhere is none under the name of a secret"
-    assert best < 1.5e-6, f"{best * 1e6:.2f} µs a scalar"  # 0.5 on a machine of its own
 
 
 # ---- every place that a run writes to

@@ -119,7 +119,7 @@ class _ToDisplay(logging.Handler):
 # %% ../nbs/56_train_loop.ipynb #0618e28b
 def _tell_start(sinks: Sinks, settings: Settings, run: Run, origin: Origin, surroundings: Mapping[str, Any]) -> None:
     state = run.state
-    sinks.step = state.global_step
+    sinks.state = state
     sinks.event("run_start", config=flatten(settings.config), environment=dict(surroundings), model_params=state.model_params,
                 resumed_from=origin.checkpoint.name if origin.checkpoint else None, global_step=state.global_step, epochs=state.epochs,
                 steps_per_epoch=state.steps_per_epoch)

@@ -18,14 +18,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..durable import StorageError, write_atomic
+from ..durable import StorageError
 from ..secrets import print_redacted, redact
+from ..strict_json import json_reason, parse_json
 from ..telemetry.ndjson import NdjsonReader
 from ..telemetry.record import EVENT, MANIFEST, SCHEMA, SNAPSHOT, manifest_name
 from ..telemetry.schema import problems
 from ..telemetry.segments import find_streams, segments, stream_files
 from ..telemetry.skipped import Skipped, printable
-from ..words import Parser
+from ..words import Parser, deliver
 
 # %% ../../nbs/91_cli_ndjson.ipynb #39396019
 def check(stream: Path, found: Callable[[str], Any]) -> tuple[int, int]:
@@ -36,7 +37,7 @@ def check(stream: Path, found: Callable[[str], Any]) -> tuple[int, int]:
     manifests, rows = set(), {}
     for line, record in reader.entries():
         count += 1
-        for problem in problems(record):
+        for problem in problems(record) or _unlike(line.data):
             found(f"{line}: {problem}")
         if record.get("$schema") == MANIFEST and isinstance(record.get("data"), dict):
             manifests.add(str(record.get("manifest")))
@@ -47,6 +48,15 @@ def check(stream: Path, found: Callable[[str], Any]) -> tuple[int, int]:
     for name in rows.keys() - manifests if whole else ():
         found(f"{rows[name]}: tags.manifest: there is no manifest {name}")
     return count, reader.torn
+
+
+def _unlike(line: bytes) -> list[str]:
+    "What one reader of JSON takes and another refuses, or takes for something else."
+    try:
+        parse_json(line)
+    except (ValueError, RecursionError) as error:
+        return [json_reason(error)]
+    return []
 
 
 def validate(places: list[Path], limit: int = 100) -> int:
@@ -183,7 +193,7 @@ def merge(streams: list[Path], out: Path, on_bad: Callable[[str], Any] | None = 
         if packed is not file:
             packed.close()
 
-    write_atomic(out, write)
+    deliver(out, write)
     return Merged(counts["lines"], counts["doubles"], sum(r.torn for r in readers), sum(r.skipped for r in readers))
 
 

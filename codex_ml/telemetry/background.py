@@ -24,6 +24,7 @@ from typing import Any
 
 from ..config import TrainConfig, flatten, set_key
 from ..registry import get
+from ..secrets import redact
 from .record import Sink, decode, encode
 
 log = logging.getLogger("codex_ml")
@@ -42,13 +43,13 @@ class SinkThread:
     most = 10_000  # records that may wait
 
     def __init__(self, opens: Callable[[], Sink | None], failed: Callable[[str, str], Any], name: str = "sink"):
-        self.opens, self.failed, self.name = opens, failed, name
+        self.opens, self.failed, self.name, self.opened = opens, failed, name, False
         self.calls: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self.done = 0  # calls that came back: a thread that is alive and counts no further hangs
         self.thread = threading.Thread(target=self._run, name=f"codex_ml {name}", daemon=True)
         self.thread.start()
 
-    def emit(self, record: dict[str, Any]) -> None:
+    def emit(self, record: Any) -> None:
         if self.calls.qsize() >= self.most:
             raise OverflowError(f"it is too slow: {self.most:,} records wait, so later ones are dropped")
         self.calls.put(("emit", record))
@@ -62,11 +63,12 @@ class SinkThread:
     @property
     def why(self) -> str:
         "Why it was given up."
-        return (f"TimeoutError: {'it hangs' if self.done else 'it had not come up when the run ended'}, and {self.calls.qsize()} calls "
-                "wait. The file of metrics has all that was logged")
+        return (f"TimeoutError: {'it hangs' if self.opened else 'it did not come up'}, and {self.calls.qsize()} calls "
+                "wait")
 
     def _run(self) -> None:
         sink, method = self._attempt("cannot be opened", self.opens), ""
+        self.opened = True
         while method != "close":
             try:
                 method, *arguments = self.calls.get(timeout=1.0)
@@ -102,9 +104,23 @@ def wait_for(threads: Iterable[SinkThread], patience: float, most: float = 60.0)
     return alive
 
 # %% ../../nbs/47_background.ipynb #a8efa252
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from codex_ml.telemetry.background import serve; serve()"
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from codex_ml.telemetry.background import serve; serve()"
 _LAST = 60.0  # seconds that a process has after the end of its run
 _PIPE = 1 << 20  # bytes, the most that Linux allows everyone: some thousand records, while the process starts
+_MARK = b"\x1e"  # begins what the process itself says; everything else was printed by a library
+_pipes: set[int] = set()  # that a forked child must let go of, or the process would take the run for alive
+
+
+def _close_in_child() -> None:
+    while _pipes:
+        os.close(_pipes.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _elsewhere(name: str) -> str:
+    return f"The file of metrics has all that was logged: codex-ml export RUN --to {name} puts it there"
 
 
 class SinkProcess:
@@ -112,25 +128,25 @@ class SinkProcess:
 
     The process imports what this one would. No method waits, but `wait`."""
 
-    most = 10_000  # records that may wait here, when the pipe is full
+    most = 10_000  # lots of records that may wait here, when the pipe is full
 
     def __init__(self, name: str, config: TrainConfig, folder: Path | None, run_id: str, failed: Callable[[str, str], Any]):
         self.name, self.failed = name, failed
         self._lines: deque[bytes] = deque()  # what the pipe has no room for
-        self._lock = threading.RLock()  # a signal handler may log while the code that it interrupts does
-        self._ended, self._calls, self._waiting = False, 0, 0  # as the process says
-        self._heard = self._moved = 0.0  # when it last spoke, and when its sink last came further (`time.monotonic`)
-        self._all = f"The file of metrics has all that was logged: codex-ml export RUN --to {name} puts it there"
-        self.process = subprocess.Popen([sys.executable, "-c", _START, json.dumps([*map(str, sys.path)])], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True)
+        self._lock, self._sending = threading.RLock(), False  # a signal handler may log while the code that it interrupts does
+        self._ended, self._heard, self._waiting = False, 0.0, 0  # as the process says; 0: it has not spoken yet
+        barred = [module for module, there in sys.modules.items() if there is None]  # what must not be imported here
+        start = encode({"name": name, "folder": folder and str(folder), "run_id": run_id, "barred": barred, "config": flatten(config)})
+        environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # that of a user's own run dies with it
+        self.process = subprocess.Popen([sys.executable, "-P", "-c", _START, name, json.dumps([*map(str, sys.path)])], env=environment,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         assert self.process.stdin is not None
         self._pipe = self.process.stdin.fileno()
+        _pipes.add(self._pipe)
         os.set_blocking(self._pipe, False)
         with suppress(OSError, AttributeError):
             fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE)
-        barred = [module for module, there in sys.modules.items() if there is None]  # what must not be imported here
-        self._send(json.dumps({"name": name, "folder": folder and str(folder), "run_id": run_id, "barred": barred,
-                               "config": flatten(config)}, default=str).encode() + b"\n")
+        self._send(start)
         self.thread = threading.Thread(target=self._listen, name=f"codex_ml {name}", daemon=True)
         self.thread.start()
 
@@ -142,7 +158,7 @@ class SinkProcess:
         if len(self._lines) >= self.most:
             self._send()
             if len(self._lines) >= self.most:
-                raise OverflowError(f"it is too slow: {self.most:,} records wait, so later ones are dropped")
+                raise OverflowError(f"it is too slow: {self.most:,} lots of records wait, so later ones are dropped. {_elsewhere(self.name)}")
         self._send(b"".join(lines))
 
     def flush(self) -> None:
@@ -157,22 +173,34 @@ class SinkProcess:
                 raise ConnectionError("its process has ended")
             if lines:
                 self._lines.append(lines)
-            with suppress(BlockingIOError):
+            if self._sending:  # the call that was interrupted goes on with it
+                return
+            self._sending = True
+            try:
                 while self._lines:
                     rest = self._lines[0][os.write(self._pipe, self._lines[0]):]
                     if rest:
                         self._lines[0] = rest
                     else:
                         self._lines.popleft()
+            except BlockingIOError:
+                return
+            finally:
+                self._sending = False
 
     def _listen(self) -> None:
         assert self.process.stdout is not None and self.process.stdin is not None
         with self.process.stdout as said:
             for line in said:
-                with suppress(ValueError):  # torn, of a process that died over it
-                    self._hear(json.loads(line))
+                if line.startswith(_MARK):
+                    self._hear(json.loads(line[len(_MARK):]))
+                elif line != b"\n":
+                    sys.stderr.write(redact(line.decode(errors="replace")))
+                if self._ended:
+                    break  # a process that a library started may hold the pipe
         code = self.process.wait()
         with self._lock:
+            _pipes.discard(self._pipe)
             self._pipe = -1
             self.process.stdin.close()
         if not self._ended:
@@ -180,19 +208,16 @@ class SinkProcess:
             self.failed("has lost its process", f"ConnectionError: it ended before its time ({how})")
 
     def _hear(self, said: dict[str, Any]) -> None:
-        self._heard, self._ended = time.monotonic(), self._ended or "ended" in said
-        if "calls" in said:
-            if said["calls"] != self._calls:
-                self._moved = self._heard
-            self._calls, self._waiting = said["calls"], said["waiting"]
+        self._heard, self._waiting = time.monotonic(), said.get("waiting", self._waiting)
         if "failed" in said:
             self.failed(said["failed"], said["why"])
         elif "log" in said:
             log.log(said["level"], "%s", said["log"])
+        self._ended = "ended" in said
 
     def wait(self, until: float) -> None:
         """Wait for the end of the process, which was told to end, at most `until` (`time.monotonic`). What it has not done by then it does
-        alone, for it has all that was logged; of one that hangs `failed` hears, and one that does not even say so is killed."""
+        alone, for it has all that was logged: `failed` hears of it. One that says nothing any more is killed."""
         while (now := time.monotonic()) < until and self.thread.is_alive():
             with suppress(OSError):  # the pipe of one that has ended
                 self._send()
@@ -202,13 +227,10 @@ class SinkProcess:
         if self._lines or (self._heard and now > self._heard + 2.5):
             self._ended = True
             self.process.kill()
-            self.failed("was given up", f"TimeoutError: its process says nothing, and is killed. {self._all}")
-        elif self._calls and now > self._moved + 1.5:
-            self.failed("was given up", f"TimeoutError: it hangs, and {self._waiting} calls wait. Its process ({self.process.pid}) ends "
-                                        f"in a minute. {self._all}")
+            self.failed("was given up", f"TimeoutError: its process says nothing, and is killed. {_elsewhere(self.name)}")
         else:
-            log.warning("the sink %r is still at work when the run ends. Its process (%d) goes on with what was logged, for a minute at "
-                        "most.", self.name, self.process.pid)
+            self.failed("was not done when the run ended", f"TimeoutError: {self._waiting:,} calls wait. Its process ({self.process.pid}) goes "
+                        f"on with them, for a minute at most. {_elsewhere(self.name)}")
 
 # %% ../../nbs/47_background.ipynb #1f8f84f5
 def serve() -> None:
@@ -218,35 +240,52 @@ def serve() -> None:
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # what wakes up for a record does not push the run off its core
     records, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)  # for this process alone, not for those that a library starts
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # whatever a library prints
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
     lock = threading.Lock()
 
     def tell(**said: Any) -> None:
         with lock, suppress(OSError):  # a run that is gone hears nothing
-            os.write(replies, json.dumps(said).encode() + b"\n")
+            os.write(replies, b"\n" + _MARK + json.dumps(said).encode() + b"\n")
 
-    start = json.loads(records.readline())
-    tell(calls=0, waiting=0)
+    if not (line := records.readline()):
+        return
+    start = json.loads(line)
+    tell(waiting=0)
     sys.modules.update(dict.fromkeys(start["barred"]))  # pyright: ignore
     log.handlers, log.propagate = [_Teller(tell)], False
     thread = SinkThread(lambda: _open(start), lambda what, why: tell(failed=what, why=why), start["name"])
+    thread.most = 1_000_000  # lines: some 300 MB, which are not the run's
     for line in iter(records.readline, b"close\n"):
         if not line:
             break  # the run is gone
         try:
-            thread.flush() if line == b"flush\n" else thread.emit(decode(line))
-        except Exception as error:
-            tell(failed="failed", why=reason(error))
+            thread.flush() if line == b"flush\n" else thread.emit(line)
+        except OverflowError as error:
+            tell(failed="failed", why=f"{reason(error)}. {_elsewhere(start['name'])}")
     thread.close()
+    for printed in (1, 2):  # who reads the run's output is not to wait for this process
+        os.dup2(nowhere, printed)
     begun = time.monotonic()
     while thread.thread.is_alive() and time.monotonic() < begun + _LAST:
-        tell(calls=thread.done, waiting=thread.calls.qsize())
+        tell(waiting=thread.calls.qsize())
         thread.thread.join(0.25)
     if thread.thread.is_alive():
-        tell(failed="was given up", why=thread.why, ended=True)
+        tell(failed="was given up", why=f"{thread.why}. {_elsewhere(start['name'])}", ended=True)
         os._exit(1)
     tell(ended=True)
+
+
+class _Decoded:
+    "A sink that takes its records as lines."
+
+    def __init__(self, sink: Sink):
+        self.sink, self.flush, self.close = sink, sink.flush, sink.close
+        if hasattr(sink, "tick"):
+            self.tick = sink.tick  # pyright: ignore
+
+    def emit(self, line: bytes) -> None:
+        self.sink.emit(decode(line))
 
 
 class _Teller(logging.Handler):
@@ -260,8 +299,10 @@ class _Teller(logging.Handler):
         self.tell(level=record.levelno, log=record.getMessage())
 
 
-def _open(start: dict[str, Any]) -> Sink | None:
+def _open(start: dict[str, Any]) -> Any:
     config, folder = TrainConfig(), start["folder"] and Path(start["folder"])
+    if folder and not folder.is_dir():
+        return None  # it was taken away: nobody wants it back
     for key, value in start["config"].items():
         set_key(config, key, value)
     if folder:
@@ -270,4 +311,5 @@ def _open(start: dict[str, Any]) -> Sink | None:
             inside = os.open(folder/".codex", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fd = os.open(f"{start['name']}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=inside)
             fcntl.flock(fd, fcntl.LOCK_EX)  # until this process ends
-    return get("sinks", start["name"])(config, folder, start["run_id"])
+    sink = get("sinks", start["name"])(config, folder, start["run_id"])
+    return sink and _Decoded(sink)

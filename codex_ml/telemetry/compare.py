@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..durable import StorageError, write_atomic
+from ..durable import StorageError
 from ..secrets import Redactor, is_secret_name, redact
 from .charts import Curve
 from .display import duration, rate_text
@@ -24,7 +24,7 @@ from .history import Key
 from .page import Figure, Report, Table, Words, as_html, as_markdown, as_text, letter
 from .runs import NoRun, RunView
 from .series import Series, highest_is_best
-from ..words import choose_form
+from ..words import choose_form, deliver
 
 # %% ../../nbs/73_compare.ipynb #a3f88c0c
 def run_names(views: Sequence[RunView]) -> list[str]:
@@ -227,7 +227,7 @@ def compare(paths: Sequence[str | os.PathLike], *, output: str | None = None, de
 
 def _deliver(text: str, dest: str | os.PathLike | None) -> int:
     if dest is not None:
-        write_atomic(dest, text)
+        deliver(dest, text)
         print(f"wrote {dest}", file=sys.stderr)
         return 0
     encoding = sys.stdout.encoding or "utf-8"

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..durable import write_atomic
 from . import mlflow, tensorboard, wandb
 from .ndjson import NdjsonReader
 from .record import EVENT, SCHEMA, SNAPSHOT
@@ -29,6 +28,7 @@ from .segments import never_over
 from .series import Series
 from .shapes import import_polars
 from .skipped import Skipped
+from ..words import deliver
 
 # %% ../../nbs/80_export.ipynb #7af65e80
 Points = dict[str, list[tuple[int, float]]]  # by curve: (step, value), in order
@@ -230,7 +230,7 @@ TARGETS = {
 
 def _to_file(records: Settled, dest: Path, write: Callable[[Iterable[tuple[Any, ...]], BinaryIO], None]) -> None:
     dest.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(dest, lambda file: write(_rows(records), file))
+    deliver(dest, lambda file: write(_rows(records), file))
 
 # %% ../../nbs/80_export.ipynb #f1444e31
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ __all__ = ['NdjsonWriter', 'NdjsonReader', 'is_torn', 'read_ndjson']
 
 # %% ../../nbs/34_ndjson.ipynb #2702c5ee
 import errno
+import json
 import os
 import re
 import threading
@@ -245,13 +246,24 @@ class NdjsonReader:
         (self.on_bad or self._untold)(reason)
 
 
-_string = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_unfinished = re.compile(r"(?<=[:,\[])(-?\d*(\.\d*)?([eE][-+]?)?|t|tr|tru|f|fa|fal|fals|n|nu|nul)$|\\u[0-9a-fA-F]{0,3}$")
 
 
 def is_torn(line: bytes) -> bool:
-    "A line that begins as a record does and stops before its end: in a string, or with a brace still open."
-    outside = _string.sub(b"", line)
-    return line[:1] == b"{" and b"\0" not in line and (b'"' in outside or outside.count(b"{") > outside.count(b"}"))
+    "A line that is a record's beginning and no more. One that is whole or wrong before its end is damaged in another way."
+    text = line.decode("latin-1").rstrip("\n")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if text[:1] != "{" or "\0" in text:
+            return False
+        if error.msg.startswith("Unterminated string"):
+            return not text.endswith("}")  # the end of a whole line, behind a damaged quote
+        left = _unfinished.search(text)
+        return error.pos >= (left.start() if left else len(text))
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def read_ndjson(path: str | os.PathLike, strict: bool = False,

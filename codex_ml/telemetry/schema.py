@@ -10,8 +10,9 @@ __all__ = ['SCHEMA_VERSION', 'SCHEMA', 'SNAPSHOT', 'EVENT', 'MANIFEST', 'SAMPLE'
 # %% ../../nbs/30_schema.ipynb #d293d1c4
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -180,7 +181,18 @@ def problems(record: Mapping[str, Any]) -> list[str]:
     if validator is None:
         return [f"$schema: {name!r} is no kind that is known here ({', '.join(KINDS)})"]
     found = sorted(validator.iter_errors(record), key=lambda error: [str(part) for part in error.absolute_path])
-    return [_told(error) for error in found]
+    return [_told(error) for error in found] or [*_odd(record)]
+
+
+def _odd(record: Mapping[str, Any]) -> Iterator[str]:
+    "What a schema cannot say, and readers trip over."
+    for key in ("step", "index", "first"):
+        if isinstance(record.get(key), float):
+            yield f"{key}: {record[key]!r} is written as a fraction"
+    try:
+        datetime.fromisoformat(record.get("timestamp", "2000-01-01"))
+    except ValueError as error:
+        yield f"timestamp: {record['timestamp']!r} is no time ({error})"
 
 
 def _told(error: Any) -> str:

@@ -36,7 +36,8 @@ class Sinks:
         self.sinks, self.run_id = dict(sinks), run_id
         self.errors: dict[str, int] = {}
         self.redactor = Redactor()
-        self.step = 0  # the last one that something was logged at
+        self.state: Any = None  # what has the run's `global_step`, where there is a run
+        self._step = 0  # the last one that something was logged at
         self.sampler: Any = None  # closed before the sinks are
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -47,13 +48,18 @@ class Sinks:
         "Hand a record of each metric to every sink; all carry one timestamp."
         if not self.sinks or os.getpid() != self._process:
             return
-        now, self.step, records = utc_timestamp(), step, []
+        now, self._step, records = utc_timestamp(), step, []
         for metric, value in metrics.items():
             try:
                 records.append(scalar_record(self.run_id, step, split, str(metric), value, dataset, tags, now))
             except Exception as error:  # whatever the value is, it is not worth a run
                 self._failed("metrics", f"{metric} cannot be recorded", reason(error))
         self.record(*records)
+
+    @property
+    def step(self) -> int:
+        "The step that the run has come to."
+        return self._step if self.state is None else max(self._step, self.state.global_step)
 
     def snapshot(self, values: Mapping[str, float]) -> None:
         "What the machine does now, at the step that the run has come to."
@@ -142,10 +148,11 @@ class Sinks:
     def _failed(self, name: str, what: str, why: str) -> None:
         with self._lock:
             self.errors[name] = self.errors.get(name, 0) + 1
-            new = what not in self._told
-            self._told.add(what)
+            kind = f"{what}: {why.partition(':')[0]}"
+            new = kind not in self._told
+            self._told.add(kind)
         if new:
-            log.warning("%s: %s. Training goes on; such failures are told once and counted in sink_errors.", what, why)
+            log.warning("%s: %s. The run does not suffer; such failures are told once and counted in sink_errors.", what, why)
 
 # %% ../../nbs/48_sinks.ipynb #0c6febda
 def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:

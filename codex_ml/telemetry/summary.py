@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..durable import write_atomic
 from ..secrets import redact
 from .record import encode
 from .segments import find_streams, never_over
 from .shapes import import_polars
 from .tally import WORKERS, Tally, is_other, open_stream
-from ..words import choose_form
+from ..words import choose_form, deliver
 
 # %% ../../nbs/77_summary.ipynb #110f2c6f
 def _say(text: str) -> None:
@@ -138,7 +137,7 @@ def summarize_to(inputs: Sequence[Path], output: str | None = None, dest: Path |
     if dest is None:
         sys.stdout.write(data)
     else:
-        write_atomic(Path(dest), data)
+        deliver(dest, data)
     return tally.skipped.count
 
 

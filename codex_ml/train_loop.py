@@ -32,7 +32,7 @@ from .loop import NonFiniteLoss, Run, finish_epoch, train_epoch
 from .losses import LossError
 from .models import ModelError
 from .optimizers import OptimizerError
-from .provenance import environment
+from .provenance import environment, run_manifest
 from .registry import ArgumentError, PluginError, UnknownName
 from .result import TrainingResult
 from .resume import Origin, Saver, take_up
@@ -117,10 +117,11 @@ class _ToDisplay(logging.Handler):
         self.note(record.getMessage())
 
 # %% ../nbs/56_train_loop.ipynb #0618e28b
-def _tell_start(sinks: Sinks, settings: Settings, run: Run, origin: Origin, surroundings: Mapping[str, Any]) -> None:
-    state = run.state
+def _tell_start(sinks: Sinks, settings: Settings, run: Run, origin: Origin, facts: Mapping[str, Any]) -> None:
+    state, manifest = run.state, run_manifest(**facts)
     sinks.state = state
-    sinks.event("run_start", config=flatten(settings.config), environment=dict(surroundings), model_params=state.model_params,
+    sinks.event("run_start", config=flatten(settings.config), environment=manifest.pop("environment") or {}, manifest=manifest,
+                model_params=state.model_params,
                 resumed_from=origin.checkpoint.name if origin.checkpoint else None, global_step=state.global_step, epochs=state.epochs,
                 steps_per_epoch=state.steps_per_epoch)
 
@@ -160,12 +161,15 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
             origin = take_up(folder, config, run, identity, surroundings, data.eval_fingerprint)
             _keep_inputs(folder, settings, parts, data, identity)
             run_id = folder.run_id
+        facts = {"model_params": run.state.model_params, "data_fingerprint": data.fingerprint, "device": str(run.state.device),
+                 "determinism_level": determinism_level(run.state.device), "environment": surroundings,
+                 "eval_fingerprint": data.eval_fingerprint}
         start = {name: getattr(run.state, name) for name in ("epoch", "global_step", "optimizer_steps_total")}
         interrupts = stack.enter_context(Interrupts(lambda name: display.note(
             f"{name}: ending after this step" + (" and its checkpoint" if folder else "; nothing is kept, since checkpoint.dir is not set")
             + ". Once more ends at once.")))
         sinks = stack.enter_context(open_sinks(config, folder.path if folder else None, run_id, request_stop=run.state.request_stop))
-        _tell_start(sinks, settings, run, origin, surroundings)
+        _tell_start(sinks, settings, run, origin, facts)
         stack.push(partial(_tell_failure, sinks))
         if config.fingerprint_every_steps and config.metrics_out is not None:
             run.prints = Fingerprints(config.fingerprint_every_steps, sinks.to_file, run_id, known=data.fingerprint.startswith("sha256:"),
@@ -174,9 +178,6 @@ def train(settings: Settings, parts: Parts) -> TrainingResult:
             stack.callback(run.prints.flush)
         saver = None
         if folder:
-            facts = {"model_params": run.state.model_params, "data_fingerprint": data.fingerprint, "device": str(run.state.device),
-                     "determinism_level": determinism_level(run.state.device), "environment": surroundings,
-                     "eval_fingerprint": data.eval_fingerprint}
             run.save = saver = Saver(folder, run, config, identity, facts, partial(_tell_checkpoint, sinks))
             if origin.checkpoint:
                 saver.prune()  # the process that saved it may have been killed before it could

@@ -1,6 +1,7 @@
 """A sink in a process of its own: nothing is lost or waited for, whatever becomes of the process or of the run."""
 
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def test_what_finds_too_many_waiting_is_refused_and_a_silent_process_killed(star
     sink = start()
     until(lambda: sink._heard)
     os.kill(sink.process.pid, signal.SIGSTOP)
-    with pytest.raises(OverflowError, match="100 records wait"):
+    with pytest.raises(OverflowError, match="100 lots of records wait.*codex-ml export RUN --to tensorboard"):
         for step in range(20_000):
             sink.emit(record(step))
     sink.close()
@@ -128,8 +129,8 @@ def test_a_signal_that_means_the_run_does_not_end_its_sinks(number, start, tmp_p
     assert steps(tmp_path) == [1, 2] and failures == []
 
 
-KILLED = """
-import os, signal, sys
+RUN = """
+import os, signal, sys, time
 from pathlib import Path
 from codex_ml.config import TrainConfig
 from codex_ml.telemetry.sinks import open_sinks
@@ -137,7 +138,6 @@ door = open_sinks(TrainConfig(tensorboard=True, system_metrics_interval=0), Path
 for step in range(1, 501):
     door.log(step, "train", {"loss": step / 7})
 print(door.sinks["tensorboard"].process.pid, flush=True)
-os.killpg(os.getpgrp(), signal.SIGKILL)
 """
 
 
@@ -149,7 +149,8 @@ def gone(pid):
 
 
 def test_a_run_that_is_killed_is_logged_to_its_last_line(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, timeout=60, start_new_session=True)
+    done = subprocess.run([sys.executable, "-c", RUN + "os.killpg(os.getpgrp(), signal.SIGKILL)", tmp_path], capture_output=True,
+                          text=True, timeout=60, start_new_session=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pid = int(done.stdout)
     until(lambda: gone(pid))
@@ -195,8 +196,80 @@ def test_what_a_library_prints_disturbs_nothing(start, tmp_path, failures, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     sink = start()
     sink.emit(record(7))
+    until(lambda: "a word about 7\n" in capfd.readouterr().err)
     finish(sink)
-    assert steps(tmp_path) == [7] and failures == [] and "a word about 7" in capfd.readouterr().err
+    assert steps(tmp_path) == [7] and failures == []
+
+
+HANGS = "import time\nfrom codex_ml.telemetry import tensorboard\ntensorboard.TensorBoardSink.emit = lambda self, record: time.sleep(100)\n"
+
+
+def test_who_reads_what_a_run_prints_does_not_wait_for_a_sink_that_hangs(tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(HANGS)
+    code = RUN + "door.close()\nprint(door.errors, door.sinks)"
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=50,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "path")})
+    took = time.monotonic() - begun
+    pid, errors = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    os.kill(int(pid), signal.SIGKILL)
+    assert errors == "{'tensorboard': 1} {}" and "was not done when the run ended" in done.stdout and took < 20
+
+
+def test_a_file_in_the_working_folder_is_not_imported(tmp_path, monkeypatch, failures):
+    monkeypatch.setattr(sys, "path", [name for name in sys.path if name])
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    sink = SinkProcess("tensorboard", ON, tmp_path, "0f3a", lambda what, why: failures.append(f"{what}: {why}"))
+    sink.emit(record(1))
+    finish(sink)
+    assert steps(tmp_path) == [1] and failures == []
+
+
+def test_a_signal_handler_may_log(start, tmp_path, failures, monkeypatch):
+    "At every instant, also between a write and what remembers it."
+    sink, numbers, logged = start(), itertools.count(100_000), []
+
+    def handler(*_):
+        number = next(numbers)  # a handler may be interrupted, too
+        sink.emit(record(number))
+        logged.append(number)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        for step in range(10_000):
+            sink.emit(record(step))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    finish(sink)
+    found = steps(tmp_path)
+    assert len(logged) > 10 and failures == []
+    assert [s for s in found if s < 100_000] == [*range(10_000)] and sorted(s for s in found if s >= 100_000) == sorted(logged)
+
+
+def test_a_forked_child_does_not_keep_the_sinks_of_a_killed_run_alive(tmp_path):
+    code = RUN.replace("print(", "if os.fork() == 0:\n    time.sleep(30)\n    os._exit(0)\nprint(") + "os.kill(os.getpid(), signal.SIGKILL)"
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        pid = int(run.stdout.readline())
+        assert run.wait(30) == -signal.SIGKILL
+        until(lambda: gone(pid), 15)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.stdout.close()
+    assert steps(tmp_path) == [*range(1, 501)]
+
+
+def test_a_folder_that_was_taken_away_stays_away(start, tmp_path):
+    (tmp_path / ".codex").mkdir()
+    gone = tmp_path / "gone"
+    sink = SinkProcess("tensorboard", ON, gone, "0f3a", print)
+    sink.emit(record(1))
+    finish(sink)
+    assert not gone.exists()
 
 
 def test_a_line_that_is_none_costs_itself_only(start, tmp_path, failures):
@@ -214,7 +287,7 @@ def test_a_start_that_fails_leaves_the_run_alone(tmp_path, monkeypatch, caplog):
     assert door.errors == {"tensorboard": 1} and "cannot be opened: FileNotFoundError" in caplog.text
 
 
-def test_one_that_is_still_to_come_up_goes_on_alone(start, tmp_path, failures, caplog):
+def test_one_that_is_still_to_come_up_goes_on_alone(start, tmp_path, failures):
     (tmp_path / ".codex").mkdir()
     with open(tmp_path / ".codex" / "tensorboard.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -222,9 +295,10 @@ def test_one_that_is_still_to_come_up_goes_on_alone(start, tmp_path, failures, c
         sink.emit(record(1))
         sink.close()
         sink.wait(time.monotonic() + 0.2)
-        assert "still at work when the run ends" in caplog.text and failures == []
+        [told] = failures
+        assert "was not done when the run ended" in told and "codex-ml export RUN --to tensorboard" in told
     sink.thread.join(30)
-    assert steps(tmp_path) == [1] and sink.process.returncode == 0 and failures == []
+    assert steps(tmp_path) == [1] and sink.process.returncode == 0 and len(failures) == 1
 
 
 def test_a_name_that_a_user_took_is_called_in_a_thread(tmp_path, monkeypatch):
@@ -249,7 +323,52 @@ def test_a_name_that_a_user_took_is_called_in_a_thread(tmp_path, monkeypatch):
 
 
 def test_the_configuration_arrives(start, tmp_path):
-    sink = start(TrainConfig(tensorboard=True, tensorboard_dir="curves", model_args={"act": object()}))
+    sink = start(TrainConfig(tensorboard=True, tensorboard_dir="curves", model_args={(1, 2): object()}))
     sink.emit(record(1))
     finish(sink)
     assert list((tmp_path / "curves").glob("events*"))
+
+
+USERS_OWN = """
+import os, signal, sys, time
+from pathlib import Path
+import wandb
+from codex_ml.config import TrainConfig
+from codex_ml.telemetry.sinks import open_sinks
+folder = Path(sys.argv[1])
+own = wandb.init(dir=folder, project="mine", mode="offline", settings=wandb.Settings(silent=True, console="off"))
+(folder / "run").mkdir()
+door = open_sinks(TrainConfig(wandb_enable=True, system_metrics_interval=0), folder / "run", "0f3a")
+for step in range(1, 301):
+    door.log(step, "train", {"loss": step / 7})
+print(door.sinks["wandb"].process.pid, flush=True)
+time.sleep(4)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_the_run_of_a_user_does_not_take_its_sink_down_with_it(tmp_path):
+    pytest.importorskip("wandb")
+    from codex_ml.telemetry.wandb import read_run
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run([sys.executable, "-c", USERS_OWN, tmp_path], stdout=subprocess.PIPE, text=True, timeout=90, env=env)
+    assert done.returncode == -signal.SIGKILL
+    pid = int(done.stdout)
+    until(lambda: gone(pid), 60)
+    [folder] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    found = read_run(folder)
+    assert [row["step"] for row in found["rows"]] == [*range(1, 301)] and found["exit_code"] == 1
+
+
+def test_the_processes_of_sinks_are_no_workers_of_the_run(start):
+    from codex_ml.telemetry.processes import descendants
+
+    sink = start()
+    worker = subprocess.Popen(["sleep", "30"])
+    try:
+        assert worker.pid in descendants(os.getpid()) and sink.process.pid not in descendants(os.getpid())
+    finally:
+        worker.kill()
+        worker.wait()

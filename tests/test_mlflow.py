@@ -110,7 +110,22 @@ def test_values_that_are_no_ordinary_numbers(store):
 
 
 def test_names_that_mlflow_refuses():
+    for name, taken in {"a//b": "a/b", "/data/a.txt": "data/a.txt", "a/../b": "a/__/b", "..": "__", ".": "_", "a/": "a", "/": "_"}.items():
+        assert metric_key(name) == taken
     assert metric_key("a b/c-d.e:f") == "a b/c-d.e:f" and metric_key("loss@ü\n(x)") == "loss_ü__x_" and len(metric_key("x" * 999)) == 250
+
+
+def test_a_metric_that_is_refused_costs_itself_only(store, monkeypatch):
+    monkeypatch.setattr("codex_ml.telemetry.mlflow.metric_key", lambda name: name)
+    sink = MlflowSink(store, "refused", "refused")
+    for step in range(1, 101):
+        sink.emit(scalar_record("refused", step, "train", "loss", 1.0))
+        if step == 50:
+            sink.emit(scalar_record("refused", step, "train", "../..", 1.0))
+    with pytest.raises(Exception, match="Invalid"):
+        sink.flush()
+    sink.close()
+    assert [step for step, _ in read_run("refused", store)["metrics"]["train/loss"]] == [*range(1, 101)]
 
 
 BEGIN = """
@@ -219,7 +234,7 @@ def test_the_smoke_test(tmp_path):
     assert of_group(int(done.stdout.split("(pid ")[1].split(")")[0])) == []
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_pages_end_with_the_command(sign, store):
     session(store, "shown", 0, 20, 1.0)
     process = subprocess.Popen([sys.executable, "-m", "codex_ml.telemetry.mlflow_ui", "--dir", store], stdout=subprocess.PIPE,

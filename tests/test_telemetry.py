@@ -67,7 +67,7 @@ def scalars(records):
 
 
 def warnings_of(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "codex_ml" and "Training goes on" in r.getMessage()]
+    return [r.getMessage() for r in caplog.records if r.name == "codex_ml" and "failures are told once" in r.getMessage()]
 
 
 @pytest.mark.parametrize("out", ["a folder", "under a file", "/dev/full", "a link to nowhere"])

@@ -158,7 +158,8 @@ class SinkProcess:
         if len(self._lines) >= self.most:
             self._send()
             if len(self._lines) >= self.most:
-                raise OverflowError(f"it is too slow: {self.most:,} lots of records wait, so later ones are dropped. {_elsewhere(self.name)}")
+                raise OverflowError(f"it is too slow: {self.most:,} lots of records wait, so later ones are dropped. "
+                                    f"{_elsewhere(self.name)}")
         self._send(b"".join(lines))
 
     def flush(self) -> None:
@@ -229,8 +230,8 @@ class SinkProcess:
             self.process.kill()
             self.failed("was given up", f"TimeoutError: its process says nothing, and is killed. {_elsewhere(self.name)}")
         else:
-            self.failed("was not done when the run ended", f"TimeoutError: {self._waiting:,} calls wait. Its process ({self.process.pid}) goes "
-                        f"on with them, for a minute at most. {_elsewhere(self.name)}")
+            self.failed("was not done when the run ended", f"TimeoutError: {self._waiting:,} calls wait. Its process ({self.process.pid}) "
+                        f"goes on with them, for a minute at most. {_elsewhere(self.name)}")
 
 # %% ../../nbs/47_background.ipynb #1f8f84f5
 def serve() -> None:
@@ -276,18 +277,6 @@ def serve() -> None:
     tell(ended=True)
 
 
-class _Decoded:
-    "A sink that takes its records as lines."
-
-    def __init__(self, sink: Sink):
-        self.sink, self.flush, self.close = sink, sink.flush, sink.close
-        if hasattr(sink, "tick"):
-            self.tick = sink.tick  # pyright: ignore
-
-    def emit(self, line: bytes) -> None:
-        self.sink.emit(decode(line))
-
-
 class _Teller(logging.Handler):
     "Hands what is logged to the run."
 
@@ -311,5 +300,7 @@ def _open(start: dict[str, Any]) -> Any:
             inside = os.open(folder/".codex", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fd = os.open(f"{start['name']}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=inside)
             fcntl.flock(fd, fcntl.LOCK_EX)  # until this process ends
-    sink = get("sinks", start["name"])(config, folder, start["run_id"])
-    return sink and _Decoded(sink)
+    if (sink := get("sinks", start["name"])(config, folder, start["run_id"])) is not None:
+        emit = sink.emit
+        sink.emit = lambda line: emit(decode(line))  # in the sink's thread, so that the other one only reads
+    return sink

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..durable import StorageError
 from . import mlflow, tensorboard, wandb
 from .ndjson import NdjsonReader
 from .record import EVENT, SCHEMA, SNAPSHOT
@@ -288,6 +289,10 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
         target.write(records, place, name)
     except ImportError as error:
         raise ExportError(str(error)) from error
+    except Exception as error:
+        if isinstance(error, (StorageError, ExportError, ValueError)):
+            raise
+        raise ExportError(f"{to} does not take this to {place}: {type(error).__name__}: {error}") from error
     written = sum(len(numbers(record)) for record in records)
     if not written:
         raise ExportError(f"{metrics} holds no number of run {records.run_id}: there was nothing to export")

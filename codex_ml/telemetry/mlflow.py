@@ -157,7 +157,8 @@ class MlflowSink:
     def _event(self, record: dict[str, Any]) -> None:
         event, data = record["event"], record["data"]
         if event == "run_start":
-            self._told(dict(flat(data.get("config") or {})), dict(flat(data.get("environment") or {}, "environment.")))
+            about = {name: dict(flat(data.get(name) or {}, f"{name}.")) for name in ("environment", "manifest")}
+            self._told(dict(flat(data.get("config") or {})), about["environment"] | about["manifest"])
             if self.uri is None:
                 self.flush()
                 forget(self.folder/"mlflow.db", str(self.id), record["step"] or -1)  # a run that starts anew has none
@@ -189,7 +190,19 @@ class MlflowSink:
     def flush(self) -> None:
         metrics, self._metrics, self._sent = self._metrics, [], time.monotonic()
         for begin in range(0, len(metrics), BATCH):
-            self._client.log_batch(self.id, metrics=metrics[begin:begin + BATCH])
+            self._put(metrics[begin:begin + BATCH])
+
+    def _put(self, metrics: list[Any]) -> None:
+        try:
+            self._client.log_batch(self.id, metrics=metrics)
+        except Exception as error:
+            if len(metrics) == 1 or getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
+                raise
+            half = len(metrics)//2  # one that is refused costs itself only
+            try:
+                self._put(metrics[:half])
+            finally:
+                self._put(metrics[half:])
 
     def close(self) -> None:
         self.flush()
@@ -199,8 +212,9 @@ class MlflowSink:
 
 
 def metric_key(name: str) -> str:
-    "`name` as MLflow takes it for a metric, a parameter or a tag."
-    return re.sub(r"[^\w.\- :/]", "_", name)[:250]
+    "`name` as MLflow takes it for a metric, a parameter or a tag: its parts are those of a path that leads nowhere else."
+    parts = re.sub(r"[^\w.\- :/]", "_", name)[:250].split("/")
+    return "/".join({".": "_", "..": "__"}.get(part, part) for part in parts if part) or "_"
 
 
 def forget(database: str | os.PathLike, mlflow_id: str, step: int) -> None:

@@ -31,7 +31,10 @@ from ..words import Parser
 def _free_port(wanted: int = 0) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", wanted))
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except (OSError, OverflowError) as error:
+            raise OSError(f"the port {wanted} cannot be had ({error}): give another with --port, or none for a free one") from error
         return probe.getsockname()[1]
 
 
@@ -133,11 +136,11 @@ PAGE = "#/experiments?workflowType=machine_learning"  # without it the pages are
 
 
 def ui(folder: str | os.PathLike = ".codex/mlflow", port: int = 0) -> int:
-    "Serve the pages until Ctrl-C or SIGTERM. The exit code: 0, or 2 where they cannot be served."
+    "Serve the pages until Ctrl-C, SIGTERM or the end of the terminal. The exit code: 0, or 2 where they cannot be served."
     def ended(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, ended)
+    before = {sign: signal.signal(sign, ended) for sign in (signal.SIGTERM, signal.SIGHUP)}
     try:
         print(f"starting MLflow on the runs in {folder} …", flush=True)
         with serve(folder, port) as (address, process):
@@ -152,7 +155,8 @@ def ui(folder: str | os.PathLike = ".codex/mlflow", port: int = 0) -> int:
         print(f"codex_ml: {redact(str(error))}", file=sys.stderr)
         return 2
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 def main(words: list[str] | None = None) -> int:

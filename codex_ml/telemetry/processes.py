@@ -37,18 +37,26 @@ class Rates(Generic[Name]):
 
 # %% ../../nbs/36_processes.ipynb #669344a6
 def descendants(pid: int) -> list[int]:
-    "The process ids below `pid`, parents before their children. Raises `psutil.Error` where `pid` itself cannot be read."
+    """The process ids below `pid`, parents before their children. Those that live in a session of their own, such as the processes of
+    sinks, are no part of its work. Raises `psutil.Error` where `pid` itself cannot be read."""
     if not Path(f"/proc/{pid}/task/{pid}/children").exists():
-        return [p.pid for p in psutil.Process(pid).children(recursive=True)]
+        return [p.pid for p in psutil.Process(pid).children(recursive=True) if _session(p.pid) == _session(pid)]
     found = [pid]
     for parent in found:  # grows while it is walked
         try:
             for thread in os.listdir(f"/proc/{parent}/task"):
                 with open(f"/proc/{parent}/task/{thread}/children") as file:
-                    found += [int(child) for child in file.read().split()]
+                    found += [int(child) for child in file.read().split() if _session(int(child)) == _session(pid)]
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
     return list(dict.fromkeys(found[1:]))
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:  # it has ended meanwhile
+        return -1
 
 # %% ../../nbs/36_processes.ipynb #3a054e59
 @dataclass(frozen=True)

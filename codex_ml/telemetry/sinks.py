@@ -41,7 +41,7 @@ class Sinks:
         self.sampler: Any = None  # closed before the sinks are
         self._told: set[str] = set()
         self._lock = threading.Lock()
-        self._process = os.getpid()
+        self._process, self._over = os.getpid(), False
 
     def log(self, step: int, split: str, metrics: Mapping[str, Any], dataset: str | None = None,
             tags: Mapping[str, Any] | None = None) -> None:
@@ -115,7 +115,7 @@ class Sinks:
             return
         if self.sampler is not None:
             self._attempt("system", self.sampler.close)
-        begun = time.monotonic()
+        self._over, begun = True, time.monotonic()
         for names in (["alerts"], [*self.sinks]):  # what alerts find goes to the others, so they end first
             sinks = {name: sink for name, sink in self.sinks.items() if name in names}
             self.sinks = {name: sink for name, sink in self.sinks.items() if name not in names}  # anew: a thread may be going through it
@@ -152,7 +152,7 @@ class Sinks:
             new = kind not in self._told
             self._told.add(kind)
         if new:
-            log.warning("%s: %s. The run does not suffer; such failures are told once and counted in sink_errors.", what, why)
+            log.warning("%s: %s. %s failures are told once and counted in sink_errors.", what, why, "Such" if self._over else "Training goes on; such")
 
 # %% ../../nbs/48_sinks.ipynb #0c6febda
 def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:

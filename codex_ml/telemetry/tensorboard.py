@@ -205,7 +205,7 @@ class TensorBoardSink:
         event, data = record["event"], record["data"]
         if event == "run_start":
             self.writer.start(step + 1 if step else 0)  # a run that starts anew has no earlier points
-            for name in ("config", "environment"):
+            for name in ("config", "environment", "manifest"):
                 self.writer.add_text(f"run/{name}", table(["key", "value"], flat(data.get(name) or {})), step, when)
         elif event == "run_end" or record["severity"] != "info":
             self.writer.add_text(f"events/{event}", table(["key", "value"], flat(data)), step, when)

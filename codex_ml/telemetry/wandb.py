@@ -276,7 +276,7 @@ class WandbSink:
     def _event(self, record: dict[str, Any]) -> None:
         event, data = record["event"], record["data"]
         if event == "run_start":
-            self.logger.config({**(data.get("config") or {}), "environment": data.get("environment") or {}})
+            self.logger.config({**(data.get("config") or {}), **{name: data.get(name) or {} for name in ("environment", "manifest")}})
         elif event == "checkpoint":
             self.logger.summary({"checkpoint": data.get("path"), "checkpoint_sha256": data.get("sha256")})
         elif event == "run_end":

@@ -166,6 +166,8 @@ def evaluate_run(run_folder: str | Path, config: EvaluationConfig | None = None,
         notes.append("the run had a loss_fn of its own; this loss is the one that follows from the data: give loss_fn=… for the run's")
     with preserve_rng():
         opened = _run_data(folder, recorded, run) if data is None else _given_data(folder, run, data)
+        if data is None and (few := run.eval_steps or opened.eval_steps) and (config is None or config.max_steps is None):
+            notes.append(f"the run validated itself on {few} batches, and this is on all: max_steps={few} does as it did")
         args = {} if isinstance(model, nn.Module) else run.model_args
         place = choose_device(device or run.device)
         seed_everything(key(resolve_seed(run.seed), "model"), place)  # a buffer that no checkpoint holds is drawn as in the run

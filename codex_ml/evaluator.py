@@ -250,6 +250,8 @@ def _metric_records(result: EvaluationResult, confidence: float, now: str) -> It
             bounds = found["intervals"][metric]
             more = {"low": bounds[0], "high": bounds[1], "confidence": confidence} if bounds else {}
             yield scalar_record(run_id, step, split, metric, value, dataset, tags | more, now)
+        for metric, table in found.get("tables", {}).items():
+            yield from structured_records(run_id, step, split, metric, "table", {"values": table}, dataset, tags, now)
         if matrix := found.get("confusion_matrix"):
             labels = [str(i) for i in range(len(matrix))]
             yield from structured_records(run_id, step, split, "confusion_matrix", "confusion_matrix", {"labels": labels, "counts": matrix},

@@ -16,7 +16,7 @@ import numpy as np
 
 from .bootstrap import Resampled, interval
 from .config import ConfigError
-from .metric_sources import Whole, find_metric
+from .metric_sources import Whole, aliases, find_metric, name_of
 from .metrics import Metric, MetricError, Scored, confusion_matrix, usual_metrics
 from .seeding import resolve_seed
 
@@ -56,6 +56,9 @@ def check_evaluation(config: EvaluationConfig) -> EvaluationConfig:
         need(value is None or (isinstance(value, (list, tuple)) and len(value) > 0), name, "a list, or null")
     need(isinstance(config.metric_args, dict) and all(isinstance(v, dict) for v in config.metric_args.values()), "metric_args",
          "arguments by metric, as in {'top_k': {'top_k': 3}}")
+    own = {alias for metric in config.metrics or () for alias in aliases(name_of(metric))}
+    for name in config.metric_args if config.metrics else ():
+        need(name in own, "metric_args", f"arguments for {', '.join(sorted(own))}; {name!r} is not among the metrics")
     name = config.metrics_filename
     plain_name = isinstance(name, str) and name == os.path.basename(name) and name.endswith(".ndjson") and "\0" not in name
     need(plain_name and name not in ("records.ndjson", "metrics.ndjson"), "metrics_filename",
@@ -110,7 +113,11 @@ class Scorecard:
         bins = {"num_bins": config.num_bins}
         own = {"top_k": {"top_k": config.top_k}, "calibration_error": bins, "ece": bins}
         for metric in usual_metrics(batch) if config.metrics is None else config.metrics:
-            args = (own.get(metric, {}) | config.metric_args.get(metric, {})) if isinstance(metric, str) else None
+            args: dict[str, Any] | None = None
+            if isinstance(metric, str):
+                args = dict(own.get(metric, {}))
+                for alias in aliases(metric):
+                    args |= config.metric_args.get(alias, {})
             found = find_metric(metric, classes, args)
             if isinstance(found, Whole) and hasattr(found.metric, "reset"):
                 found.metric.reset()
@@ -137,17 +144,21 @@ class Scorecard:
             raise MetricError(f"nothing counts, so no metric has a value: {why}")
         self._sums.finish()
         values: dict[str, float] = {}
+        tables: dict[str, list[Any]] = {}
         intervals: dict[str, list[float] | None] = {}
         for metric in self.metrics:
             if isinstance(metric, Whole):
                 values |= metric.compute()
+                tables |= metric.tables
+                self.notes += [f"{name} is a table: summary.json and the metrics' file have it" for name in metric.tables]
                 continue
             values[metric.name], intervals[metric.name] = self._estimate(metric)
         if self._mean_loss[1]:
             values = {"loss": self._mean_loss[0] / self._mean_loss[1]} | {k: v for k, v in values.items() if k != "loss"}
             intervals["loss"] = None
         counts = {"samples": max(self.samples, self._mean_loss[1]), "places": self.places}
-        return {"metrics": values, "intervals": {name: intervals.get(name) for name in values}, "counts": counts}
+        return {"metrics": values, "intervals": {name: intervals.get(name) for name in values}, "counts": counts} | (
+            {"tables": tables} if tables else {})
 
     def _estimate(self, metric: Metric) -> tuple[float, list[float] | None]:
         if metric.sums in self._wide:

@@ -569,6 +569,7 @@ def test_a_rule_that_nothing_matched_is_told_at_the_end(caplog):
     config = TrainConfig()
     config.monitoring.alerts = {"x": {"metric": "los", "condition": "above", "value": 3}, "gpu": True}
     alerts = open_alerts(config, record=lambda record: None, request_stop=print)
+    caplog.clear()  # that the preset lacks a GPU was told at the start
     alerts.emit(scalar_record("0f3a", 1, "train", "loss", 1.0))
     alerts.emit(event_record("0f3a", 2, "run_end"))
     assert "the alert 'x' looks at los" in caplog.text and "did you mean 'loss'?" in caplog.text and "'gpu'" not in caplog.text
@@ -703,3 +704,18 @@ def test_memory_stays_bounded():
         run.log(step, float(step))
     watches = run.alerts._watches.values()
     assert max(len(v) for w in watches for v in vars(w.condition).values() if hasattr(v, "__len__")) <= 10_000
+
+
+@pytest.mark.parametrize("alert, changes, lacking", [
+    ("memory", {"system_metrics_interval": 0}, "system_metrics_interval above 0"),
+    ("disk", {"system_metrics_interval": 0}, "system_metrics_interval above 0"),
+    ("gpu", {}, "CODEX_MONITORING_ENABLE_GPU=1 in the environment and monitoring.system_metrics.extended=true"),
+    ("memory", {}, None), ("spike", {"system_metrics_interval": 0}, None),
+])
+def test_a_rule_that_can_never_fire_is_told_at_the_start(alert, changes, lacking, monkeypatch, caplog):
+    monkeypatch.delenv("CODEX_MONITORING_ENABLE_GPU", raising=False)
+    config = TrainConfig(**changes)
+    config.monitoring.alerts |= {alert: True}
+    open_alerts(config, record=print, request_stop=print)
+    told = [r.getMessage() for r in caplog.records]
+    assert (told == []) if lacking is None else (len(told) == 1 and lacking in told[0] and repr(alert) in told[0])

@@ -2,9 +2,11 @@
 
 import gzip
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -335,6 +337,39 @@ def test_a_summary_that_had_to_skip_lines_is_written_and_is_6(tmp_path, call):
     assert err.splitlines()[-1] == "skipped 2 more such lines: codex-ndjson validate tells them all"
     assert call("summarize", "--input", a, "--dest", page)[:2] == (6, "") and page.read_text() == out
     assert call("validate", a)[0] == 6 and call("merge", a, "-o", tmp_path / "m")[0] == 6
+
+
+@pytest.mark.parametrize("old, new, told", [
+    ('"step":1,', '"step":1.0,', "step: 1.0 is written as a fraction"),
+    ('"value":0.5', '"value":1e999', "1e999"),
+    ('"value":0.5', '"value":0.5,"value":0.25', "value"),
+    ('"run_id":"r"', '"run_id":"\\\\ud800"', "surrogate"),
+    (None, "2026-02-30T25:00:00.000000Z", "is no time"),
+])
+def test_validate_tells_what_readers_disagree_on(old, new, told, tmp_path, call):
+    text = encode(scalar(1)).decode()
+    text = text.replace('"value":' + str(scalar(1)["value"]), '"value":0.5').replace('"value":0.0', '"value":0.5')
+    new_text = text.replace(old, new.replace("\\\\", "\\")) if old else re.sub(r'"timestamp":"[^"]*"', f'"timestamp":"{new}"', text)
+    assert new_text != text
+    (tmp_path / "a.ndjson").write_text(new_text)
+    code, out, _ = call("validate", tmp_path / "a.ndjson")
+    assert code == 6 and f"{tmp_path / 'a.ndjson'}:1: " in out and told in out, out
+
+
+def test_a_destination_that_is_no_file_is_not_replaced(tmp_path, call):
+    pytest.importorskip("polars")
+    a = write(tmp_path / "a.ndjson", scalar(1), scalar(2))
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert call("summarize", "--input", a, "--dest", tmp_path / "link.csv")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").read_text().startswith("run_id,")
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    assert call("merge", a, "-o", tmp_path / "pipe")[0] == 0
+    reader.join(20)
+    assert (tmp_path / "pipe").is_fifo() and read == [a.read_bytes()]
 
 
 def test_the_ending_of_a_summary_says_its_form(tmp_path, call):

@@ -224,6 +224,28 @@ def test_torchmetrics_object_begins_anew():
         assert found["intervals"]["MulticlassAccuracy"] is None
 
 
+@pytest.mark.parametrize("name", ["F1Score", "torchmetrics.F1Score"])
+def test_arguments_stand_under_the_name_that_the_error_gives_or_the_whole_one(name):
+    pytest.importorskip("torchmetrics")
+    args = {"task": "multiclass", "average": "macro", "num_classes": 3}
+    config = EvaluationConfig(metrics=["torchmetrics.F1Score", "f1_macro"], metric_args={name: args})
+    found = evaluate(MODEL, (X, Y), config)["metrics"]
+    assert found["F1Score"] == pytest.approx(found["f1_macro"])
+    with pytest.raises(ConfigError, match="'F1' is not among the metrics"):
+        evaluate(MODEL, (X, Y), EvaluationConfig(metrics=["torchmetrics.F1Score"], metric_args={"F1": {}}))
+
+
+def test_a_table_goes_to_a_manifest_line(tmp_path):
+    pytest.importorskip("torchmetrics")
+    config = EvaluationConfig(metrics=["torchmetrics.MulticlassConfusionMatrix", "accuracy"], output_dir=str(tmp_path))
+    found = evaluate(MODEL, (X, Y), config)
+    assert list(found["metrics"]) == ["accuracy"] and any("is a table" in note for note in found["notes"])
+    records, _ = read_ndjson(tmp_path / config.metrics_filename)
+    [row] = [r for r in records if r.get("metric") == "MulticlassConfusionMatrix"]
+    [manifest] = [r for r in records if r.get("manifest") == row["tags"]["manifest"]]
+    assert row["value"] is None and manifest["data"]["values"] == found["splits"]["test"]["confusion_matrix"]
+
+
 # ---- nothing else is changed
 
 def test_random_state_and_modes_are_as_they_were():
@@ -415,6 +437,17 @@ def test_a_result_shows_itself():
 
 
 # ---- runs
+
+def test_a_run_that_validated_itself_on_less_says_so(tmp_path):
+    options = {"model_args": {"dim": 16, "layers": 1, "heads": 2}, "block_size": 16, "steps_per_epoch": 2, "epochs": 1, "progress": "off"}
+    trained = run_training(checkpoint_dir=tmp_path, eval_steps=3, **options)
+    few = evaluate_run(tmp_path, EvaluationConfig(max_steps=3, bootstrap=0, records=False, batch_size=16))
+    assert few["metrics"]["loss"] == pytest.approx(trained["metrics"]["val_loss"], rel=1e-5) and few["notes"] == []
+    # all of it would be thousands of batches, so the note is looked for where the limit is that of the configuration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("codex_ml.evaluate_run.evaluate", lambda *_, subject, **__: subject)
+        assert any("validated itself on 3 batches" in note and "max_steps=3" in note for note in evaluate_run(tmp_path).notes)
+
 
 def test_a_run_is_judged_as_it_judged_itself(run):
     folder, trained = run

@@ -160,6 +160,23 @@ def test_a_missing_package_is_named_with_its_command(target, module, run, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_time_that_is_none_costs_its_line_and_is_told(tmp_path):
+    pytest.importorskip("tensorboard")
+    odd = scalar_record("0f3a", 2, "train", "loss", 2.0, timestamp="2026-02-30T25:00:00Z")
+    run, told = write(tmp_path, [scalar_record("0f3a", 1, "train", "loss", 1.0), odd]), []
+    report = export_run(run, "tensorboard", check=True, on_bad=told.append)
+    assert report.exit_code == 0 and report.written == 1 and ":2: " in told[0] and "out of range" in told[0]
+
+
+@pytest.mark.parametrize("to", ["tensorboard", "wandb", "mlflow"])
+def test_a_folder_that_is_a_file_is_told_in_one_line(to, tmp_path):
+    pytest.importorskip(NEEDS[to])
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises((ExportError, ValueError), match="taken"):
+        export_run(write(tmp_path / "run", [scalar_record("0f3a", 1, "train", "loss", 1.0)]), to, tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
 def test_a_torn_end_costs_itself_only(tmp_path):
     write(tmp_path, a_run())
     with (tmp_path / ".codex" / "metrics.ndjson").open("ab") as file:

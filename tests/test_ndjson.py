@@ -61,6 +61,34 @@ def test_torn_at_every_byte_loses_the_last_record_only(path):
         assert steps(path) == ([*expected[0], 3], expected[1]), cut
 
 
+def test_a_flipped_bit_in_the_middle_is_told_with_its_place(path):
+    "What is damaged is not passed off as cut short: at most the last byte of a line can be told from neither."
+    line = encode(record(2, note="text"))
+    path.parent.mkdir(parents=True)
+    torn = 0
+    for place in range(len(line) - 1):
+        for bit in range(7):
+            damaged = line[:place] + bytes([line[place] ^ 1 << bit]) + line[place + 1:]
+            if b"\n" in damaged[:-1]:
+                continue
+            path.write_bytes(encode(record(1)) + damaged + encode(record(3)))
+            told = []
+            reader = NdjsonReader(path, on_bad=told.append)
+            found = [r.get("step") for r in reader]
+            assert found[0] == 1 and found[-1] == 3
+            assert all(f"{path.name}:2: " in reason for reason in told) and len(found) + len(told) + reader.torn == 3
+            torn += reader.torn
+    assert torn <= 2, torn
+
+
+def test_two_records_run_into_each_other_are_told(path):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode(record(1)) + encode(record(2))[:60] + encode(record(3)) + encode(record(4)))
+    told = []
+    reader = NdjsonReader(path, on_bad=told.append)
+    assert [r["step"] for r in reader] == [1, 4] and len(told) == 1 and ":2: " in told[0] and reader.torn == 0
+
+
 def test_zeros_where_a_power_cut_left_them_are_told(path):
     write(path, 1)
     with path.open("ab") as file:

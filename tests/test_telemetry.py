@@ -7,6 +7,8 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,31 @@ def test_warnings_are_the_librarys_logger(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="codex_ml"):
         train(None, metrics_out="/dev/full")
     assert len(warnings_of(caplog)) == 1 and "No space left" in warnings_of(caplog)[0]
+
+
+def test_a_snapshot_has_the_step_that_the_run_has_come_to(tmp_path):
+    seen = []
+
+    class Looks:
+        def on_step_end(self, step, state):
+            time.sleep(0.05)
+            seen.append((time.time(), step))
+
+    train(tmp_path, log_every_steps=1000, system_metrics_interval=0.05, callbacks=[Looks()])
+    snapshots = [r for r in read_ndjson(tmp_path / "m.ndjson")[0] if r["$schema"] == "codex_ml/system.v1"]
+    joined = 0
+    for snapshot in snapshots:
+        at = datetime.fromisoformat(snapshot["timestamp"]).timestamp()
+        done = max((step for when, step in seen if when <= at), default=0)
+        assert snapshot["step"] - done in (0, 1)  # the callback hears of a step a moment after it was counted
+        joined += 0 < snapshot["step"] < len(seen)
+    assert joined > 3
+
+
+def test_the_start_tells_what_the_manifest_of_a_checkpoint_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_SHA", "ab12cd")
+    train(tmp_path)
+    [start] = [r["data"] for r in read_ndjson(tmp_path / "m.ndjson")[0] if r.get("event") == "run_start"]
+    manifest = json.loads((tmp_path / "epoch-0002" / "run_manifest.json").read_text())
+    assert start["manifest"]["git_sha"] == "ab12cd" and start["environment"] == manifest["environment"]
+    assert {name: value for name, value in manifest.items() if name in start["manifest"]} == start["manifest"]

@@ -28,7 +28,8 @@ HISTOGRAM = {"edges": [-1.0, 0.0, 0.5, 1.0], "counts": [2, 0, 3], "min": -0.75, 
 
 def session(folder, begin, end, value, kill=False, run_id="0f3a"):
     sink = open_tensorboard(ON, folder, run_id)
-    data = {"config": {"epochs": 5, "data": "a|b"}, "environment": {"torch": {"version": "2.13"}}, "resumed_from": None}
+    data = {"config": {"epochs": 5, "data": "a|b"}, "environment": {"torch": {"version": "2.13"}},
+            "manifest": {"git_sha": "ab12"}, "resumed_from": None}
     sink.emit(event_record(run_id, begin, "run_start", data=data))
     for step in range(begin + 10, end + 1, 10):
         sink.emit(scalar_record(run_id, step, "train", "loss", value))
@@ -84,6 +85,7 @@ def test_what_a_page_gets(resumed):
     assert (zero, hundred) == (0, 100)
     assert first[0].decode().splitlines() == ["| key | value |", "| --- | --- |", "| epochs | 5 |", "| data | a\\|b |"]
     assert "torch.version | 2.13" in values("run/environment")[0][1][0].decode()
+    assert "git_sha | ab12" in values("run/manifest")[0][1][0].decode()
 
 
 def server(logdir, *arguments):

@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..registry import nearest
 from .conditions import Condition, Point, Stalled, Verdict
 from .record import event_record
-from .rules import PRESETS, Action, Command, Rule, parse_rules, run_command
+from .rules import PRESETS, Action, Command, Rule, parse_rules, run_command, unmet
 from .schema import EVENT, SCHEMA, SEVERITIES, SNAPSHOT
 
 log = logging.getLogger("codex_ml")
@@ -226,7 +226,8 @@ class Alerts:
         if change is None:
             return
         rule, series, (state, since) = watch.rule, watch.series, change
-        about = " ".join(str(series[key]) for key in ("split", "metric", "event", "dataset") if series.get(key))
+        parts = [str(series[key]) for key in ("split", "metric", "event", "dataset") if series.get(key)]
+        about = " ".join(part for part in parts if part != "system")
         message = f"{about} {verdict}, at step {now.step}" if verdict else f"{about}: over at step {now.step}, began at step {since.step}"
         if data:
             message += ": " + ", ".join(f"{key}={value}" for key, value in data.items())[:300]
@@ -283,4 +284,7 @@ def open_alerts(config: TrainConfig, *, record: Callable[[dict[str, Any]], Any],
                 failed: Callable[[str, BaseException], Any] | None = None) -> Alerts | None:
     "The sink for the rules of a configuration; None where there are none. Raises `ConfigError`."
     rules = parse_rules(config.monitoring.alerts)
+    for rule, lacking in ((rule, unmet(rule, config)) for rule in rules):
+        if lacking:
+            log.warning("the alert %r looks at what this run does not record: it takes %s", rule.name, " and ".join(lacking))
     return Alerts(rules, record=record, request_stop=request_stop, failed=failed, hooks=Hooks()) if rules else None

@@ -46,10 +46,14 @@ def _records(path: Path, on_bad: Callable[[str], Any]) -> Iterator[tuple[int, di
     "The records that have what a record has, each with its place among all."
     for place, (line, record) in enumerate(NdjsonReader(path, on_bad=on_bad).entries()):
         needed = ("$schema", "timestamp", "run_id", "step", *_PARTS.get(str(record.get("$schema")), ()))
-        if lacking := [name for name in needed if name not in record]:
-            on_bad(f"{line}: it has no {lacking[0]}")
-        elif type(record["step"]) is not int or not isinstance(record["run_id"], str):
-            on_bad(f"{line}: its step is {record['step']!r:.40}, its run_id {record['run_id']!r:.40}")
+        try:
+            if lacking := [name for name in needed if name not in record]:
+                raise ValueError(f"it has no {lacking[0]}")
+            if type(record["step"]) is not int or not isinstance(record["run_id"], str):
+                raise ValueError(f"its step is {record['step']!r:.40}, its run_id {record['run_id']!r:.40}")
+            tensorboard.seconds(record)
+        except (ValueError, TypeError) as error:
+            on_bad(f"{line}: {error}")
         else:
             yield place, record
 
@@ -284,15 +288,15 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     never_over(place, [metrics])
     if place.is_file() and folder in place.parents and "export" not in place.relative_to(folder).parts:
         raise ValueError(f"{place} is a file of the run itself: choose another --dest")
-    name = folder.resolve().name
+    if place.is_file() and not Path(target.dest).suffix:
+        raise ValueError(f"{place} is a file, and {to} goes into a folder: choose another --dest")
     try:
-        target.write(records, place, name)
-    except ImportError as error:
-        raise ExportError(str(error)) from error
+        target.write(records, place, folder.resolve().name)
     except Exception as error:
         if isinstance(error, (StorageError, ExportError, ValueError)):
             raise
-        raise ExportError(f"{to} does not take this to {place}: {type(error).__name__}: {error}") from error
+        what = "" if isinstance(error, ImportError) else f"{to} does not take this to {place}: {type(error).__name__}: "
+        raise ExportError(f"{what}{error}") from error
     written = sum(len(numbers(record)) for record in records)
     if not written:
         raise ExportError(f"{metrics} holds no number of run {records.run_id}: there was nothing to export")

@@ -152,7 +152,8 @@ class Sinks:
             new = kind not in self._told
             self._told.add(kind)
         if new:
-            log.warning("%s: %s. %s failures are told once and counted in sink_errors.", what, why, "Such" if self._over else "Training goes on; such")
+            such = "Such" if self._over else "Training goes on; such"
+            log.warning("%s: %s. %s failures are told once and counted in sink_errors.", what, why, such)
 
 # %% ../../nbs/48_sinks.ipynb #0c6febda
 def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:

@@ -14,7 +14,9 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,7 +139,7 @@ def _write_csv(rows: Iterable[tuple[Any, ...]], file: BinaryIO) -> None:
     text.detach()
 
 
-def _read_csv(path: Path) -> Points:
+def _read_csv(path: Path, run_id: str = "") -> Points:
     with path.open(encoding="utf-8", newline="") as file:
         return _points(csv.DictReader(file))
 
@@ -148,7 +150,7 @@ def _write_parquet(rows: Iterable[tuple[Any, ...]], file: BinaryIO) -> None:
     polars.DataFrame(list(rows), schema=kinds, orient="row").write_parquet(file)
 
 
-def _read_parquet(path: Path) -> Points:
+def _read_parquet(path: Path, run_id: str = "") -> Points:
     return _points(import_polars().read_parquet(path).iter_rows(named=True))
 
 
@@ -161,11 +163,9 @@ def _points(rows: Iterable[Mapping[str, Any]]) -> Points:
 
 # %% ../../nbs/80_export.ipynb #3c99ff46
 def _through(sink: Any, records: Iterable[dict[str, Any]]) -> None:
-    try:
+    with closing(sink):
         for record in records:
             sink.emit(record)
-    finally:
-        sink.close()
 
 
 def _to_tensorboard(records: Settled, dest: Path, name: str) -> None:
@@ -183,9 +183,8 @@ def _to_wandb(records: Settled, dest: Path, name: str) -> None:
 
 
 def _from_wandb(dest: Path, run_id: str) -> Points:
-    folders = sorted((dest/"wandb").glob(f"*run-*-{run_id}*"))  # by time
     found: Points = {}
-    for row in wandb.read_run(folders[-1])["rows"]:
+    for row in wandb.read_run(max((dest/"wandb").glob(f"*run-*-{run_id}*")))["rows"]:  # the name of the last is the largest
         for name, value in row.items():
             if "/" in name and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((row["step"], float(value)))
@@ -199,14 +198,18 @@ def _to_mlflow(records: Settled, dest: Path, name: str) -> None:
         raise ExportError('MLflow cannot be loaded. Install it with: pip install "codex_ml[mlflow]"')
 
 
+def _to_file(write: Callable[[Iterable[tuple[Any, ...]], BinaryIO], None], records: Settled, dest: Path, name: str) -> None:
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    deliver(dest, lambda file: write(_rows(records), file))
+
+
 def _as_float32(value: float) -> float:
     with np.errstate(over="ignore"):
         return float(np.float32(value))
 
 
 def _as_mlflow(value: float) -> float:
-    largest = np.finfo(np.float64).max
-    return value if math.isnan(value) else float(min(max(value, -largest), largest))
+    return float(np.clip(value, -np.finfo(np.float64).max, np.finfo(np.float64).max))
 
 
 @dataclass(frozen=True)
@@ -226,16 +229,9 @@ TARGETS = {
     "wandb": Target("export", _to_wandb, _from_wandb),
     "mlflow": Target(".codex/mlflow", _to_mlflow, lambda dest, run_id: mlflow.read_run(run_id, dest)["metrics"], mlflow.metric_key,
                      _as_mlflow, "exactly, as float64; an infinity is the largest float64 in MLflow", shared=True),
-    "csv": Target("export/metrics.csv", lambda records, dest, name: _to_file(records, dest, _write_csv),
-                  lambda dest, run_id: _read_csv(dest)),
-    "parquet": Target("export/metrics.parquet", lambda records, dest, name: _to_file(records, dest, _write_parquet),
-                      lambda dest, run_id: _read_parquet(dest)),
+    "csv": Target("export/metrics.csv", partial(_to_file, _write_csv), _read_csv),
+    "parquet": Target("export/metrics.parquet", partial(_to_file, _write_parquet), _read_parquet),
 }
-
-
-def _to_file(records: Settled, dest: Path, write: Callable[[Iterable[tuple[Any, ...]], BinaryIO], None]) -> None:
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    deliver(dest, lambda file: write(_rows(records), file))
 
 # %% ../../nbs/80_export.ipynb #f1444e31
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Sinks:
             self._told.add(kind)
         if new:
             such = "Such" if self._over else "Training goes on; such"
-            log.warning("%s: %s. %s failures are told once and counted in sink_errors.", what, why, such)
+            log.warning("%s: %s. %s failures are told once and counted in sink_errors.", what, why.removesuffix("."), such)
 
 # %% ../../nbs/48_sinks.ipynb #0c6febda
 def metrics_path(config: TrainConfig, folder: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import sqlite3
 import sys
 import time
 
@@ -61,8 +62,24 @@ def unwatched(tmp_path_factory):
     return result["checkpoint_sha256_last"]
 
 
+class Waits:
+    """Until MLflow has the run, however slow the machine is."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def runs(self):
+        with contextlib.closing(sqlite3.connect(self.store / "mlflow.db", timeout=20)) as store:
+            return store.execute("SELECT count(*) FROM runs").fetchone()[0]
+
+    def on_train_start(self, state):
+        before, deadline = self.runs(), time.monotonic() + 90
+        while self.runs() == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
 def test_all_sinks(tmp_path, unwatched, store):
-    result = train(tmp_path, callbacks=[Slowly()], mlflow_dir=str(store), **ALL)
+    result = train(tmp_path, callbacks=[Waits(store), Slowly()], mlflow_dir=str(store), **ALL)
     assert result["checkpoint_sha256_last"] == unwatched
     assert result["sink_errors"] == {}
     records = read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]

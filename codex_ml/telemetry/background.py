@@ -24,6 +24,7 @@ from typing import Any
 
 from ..config import TrainConfig, flatten, set_key
 from ..registry import get
+from ..run_folder import take_turn
 from ..secrets import redact
 from .record import Sink, decode, encode
 
@@ -295,11 +296,9 @@ def _open(start: dict[str, Any]) -> Any:
     for key, value in start["config"].items():
         set_key(config, key, value)
     if folder:
-        with suppress(OSError):  # where a folder takes no lock, nobody waits
+        with suppress(OSError):
             (folder/".codex").mkdir(exist_ok=True)
-            inside = os.open(folder/".codex", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            fd = os.open(f"{start['name']}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=inside)
-            fcntl.flock(fd, fcntl.LOCK_EX)  # until this process ends
+        start["turn"] = take_turn(folder, start["name"])  # until this process ends
     if (sink := get("sinks", start["name"])(config, folder, start["run_id"])) is not None:
         emit = sink.emit
         sink.emit = lambda line: emit(decode(line))  # in the sink's thread, so that the other one only reads

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..durable import StorageError
+from ..run_folder import take_turn
 from . import mlflow, tensorboard, wandb
 from .ndjson import NdjsonReader
 from .record import EVENT, SCHEMA, SNAPSHOT
@@ -287,14 +288,14 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     if place.is_file() and not Path(target.dest).suffix:
         raise ValueError(f"{place} is a file, and {to} goes into a folder: choose another --dest")
     try:
-        target.write(records, place, folder.resolve().name)
+        with take_turn(folder, to):  # the run's own process may still be at it
+            target.write(records, place, folder.resolve().name)
     except Exception as error:
         if isinstance(error, (StorageError, ExportError, ValueError)):
             raise
         what = "" if isinstance(error, ImportError) else f"{to} does not take this to {place}: {type(error).__name__}: "
         raise ExportError(f"{what}{error}") from error
-    written = sum(len(numbers(record)) for record in records)
-    if not written:
+    if not (written := sum(len(numbers(record)) for record in records)):
         raise ExportError(f"{metrics} holds no number of run {records.run_id}: there was nothing to export")
     report = Report(to, place, str(records.run_id), written, note=target.note)
     return _checked(report, records, target) if check else report

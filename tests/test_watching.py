@@ -79,7 +79,7 @@ class Waits:
 
 
 def test_all_sinks(tmp_path, unwatched, store):
-    result = train(tmp_path, callbacks=[Waits(store), Slowly()], mlflow_dir=str(store), **ALL)
+    result = train(tmp_path, callbacks=[Waits(store), Slowly()], mlflow_dir=str(store), **ALL | {"system_metrics_interval": 1.0})
     assert result["checkpoint_sha256_last"] == unwatched
     assert result["sink_errors"] == {}
     records = read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]

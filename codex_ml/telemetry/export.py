@@ -293,8 +293,7 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     except Exception as error:
         if isinstance(error, (StorageError, ExportError, ValueError)):
             raise
-        what = "" if isinstance(error, ImportError) else f"{to} does not take this to {place}: {type(error).__name__}: "
-        raise ExportError(f"{what}{error}") from error
+        raise ExportError(str(error) if isinstance(error, ImportError) else f"{to}, {place}: {type(error).__name__}: {error}") from error
     if not (written := sum(len(numbers(record)) for record in records)):
         raise ExportError(f"{metrics} holds no number of run {records.run_id}: there was nothing to export")
     report = Report(to, place, str(records.run_id), written, note=target.note)

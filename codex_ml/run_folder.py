@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -96,15 +97,23 @@ class FolderLock:
         self.fd = -1
 
 
-def take_turn(folder: Path, name: str) -> AbstractContextManager[Any]:
-    """Wait until no other process hands the run in `folder` on to `name`; until what is returned is closed, others wait. Where the folder
-    takes no lock, nobody waits."""
-    path = folder/".codex"/f"{name}.lock"
+def take_turn(folder: Path, name: str, patience: float | None = None) -> AbstractContextManager[Any]:
+    """Wait until no other process hands the run in `folder` on to `name`; until what is returned is closed, others wait. `TimeoutError`
+    after `patience` seconds (None: never). Where the folder takes no lock, nobody waits."""
+    path, busy = folder/".codex"/f"{name}.lock", False
     with suppress(OSError):
         if path.parent.is_dir() and not path.parent.is_symlink():
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "rb+")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            return file
+            until = math.inf if patience is None else time.monotonic() + patience
+            while time.monotonic() < until:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return file
+                time.sleep(0.1)
+            file.close()
+            busy = True
+    if busy:
+        raise TimeoutError(f"another process still writes {folder} to {name}")
     return nullcontext()
 
 # %% ../nbs/24_run_folder.ipynb #678e4051

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from codex_ml.run_folder import take_turn
 from codex_ml.telemetry import export as room
 from codex_ml.telemetry.export import ExportError, Report, Settled, compare, export_run
 from codex_ml.telemetry.ndjson import NdjsonWriter
@@ -197,3 +198,12 @@ def test_nothing_that_is_read_is_written_over(tmp_path):
     with pytest.raises(ValueError, match="would be destroyed"):
         summarize_to([tmp_path / "run"], "csv", metrics)
     assert metrics.read_bytes() == before and (tmp_path / "run" / "latest.json").read_text() == "{}"
+
+
+def test_an_export_of_a_run_that_goes_on_is_refused_and_does_not_hang(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setattr(room, "take_turn", lambda folder, name, patience: take_turn(folder, name, 0.3))
+    run = write(tmp_path / "run", [scalar_record("0f3a", 1, "train", "loss", 1.0)])
+    with take_turn(run, "mlflow"), pytest.raises(ExportError, match="another process still writes"):
+        export_run(run, "mlflow", tmp_path / "store")
+    assert not (tmp_path / "store").exists()

@@ -142,7 +142,7 @@ def breaks(tmp_path, monkeypatch):
             (tmp_path / "path" / "sitecustomize.py").write_text(source)
             monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
 
-    children = psutil.Process().children()
+    children = psutil.Process().children(recursive=True)
     yield breaks
     for child in set(psutil.Process().children(recursive=True)) - set(children):  # what hangs
         with contextlib.suppress(psutil.NoSuchProcess):

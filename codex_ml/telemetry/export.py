@@ -14,7 +14,7 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -288,7 +288,7 @@ def export_run(run: str | os.PathLike, to: str, dest: str | os.PathLike | None =
     if place.is_file() and not Path(target.dest).suffix:
         raise ValueError(f"{place} is a file, and {to} goes into a folder: choose another --dest")
     try:
-        with take_turn(folder, to):  # the run's own process may still be at it
+        with take_turn(folder, to, patience=70) if target.shared else nullcontext():  # its own sink has a minute more
             target.write(records, place, folder.resolve().name)
     except Exception as error:
         if isinstance(error, (StorageError, ExportError, ValueError)):

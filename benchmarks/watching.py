@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
 from benchmarks.measure import Figure, in_turn, timed
 from codex_ml.config import TrainConfig
+from codex_ml.telemetry.background import SinkProcess
 from codex_ml.telemetry.mlflow import open_store, store_uri
 from codex_ml.telemetry.record import encode, snapshot_record
-from codex_ml.telemetry.sinks import open_sinks
+from codex_ml.telemetry.sinks import Sinks, open_sinks
 from codex_ml.telemetry.system import SystemSampler
 
 
@@ -24,8 +27,8 @@ def work() -> None:
 
 
 def sinks(folder: Path, quick: bool) -> list[Figure]:
-    """Steps of ten milliseconds on one core, with every local sink on, beside the bare steps and beside the same libraries called
-    from the loop. A turn is ten steps: four metrics are logged at the first of them, as is usual, or at each."""
+    """What all local sinks add to a step of ten milliseconds on one core, where four metrics are logged at every tenth step, as is usual,
+    or at each; and such steps beside the bare step and beside the same libraries called from the loop."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     repeats = max(1, round(0.01 / min(timed(work) for _ in range(20))))
@@ -33,37 +36,66 @@ def sinks(folder: Path, quick: bool) -> list[Figure]:
                          system_metrics_interval=10.0)
     config.monitoring.alerts |= {"nan": True, "spike": True}
     metrics, count = {"loss": 0.25, "lr": 1e-3, "step_time": 0.01, "data_time": 1e-4}, 0
+    steps = 100 if quick else 1500
 
-    def steps(every: int, log: Callable[[int], Any]) -> float:
-        def turn() -> None:
+    def step() -> None:
+        for _ in range(repeats):
+            work()
+
+    def turn(log: Callable[[int], Any]) -> float:
+        def some(tens: int) -> None:
             nonlocal count
-            for index in range(10):
+            for _ in range(tens):
                 count += 1
-                if index % every == 0:
-                    log(count)
-                for _ in range(repeats):
-                    work()
-        return timed(turn) / 10
-
-    def ours(step: int) -> None:
-        door.log(step, "train", metrics)
+                log(count)
+                for _ in range(10):
+                    step()
+        some(6)  # what the sinks' processes do now was logged in the turn before
+        return timed(lambda: some(10)) / 100
 
     with open_sinks(config, folder, "0" * 32) as door, by_hand(folder / "by-hand", config.mlflow_dir) as libraries:
         door.event("run_start", config={}, environment={}, global_step=0, epochs=1)
-        turns: list[Callable[[], float]] = [
-            lambda: steps(10, ours), lambda: steps(1, ours),
-            lambda: steps(10, lambda step: libraries(step, metrics)), lambda: steps(10, lambda step: None)]
-        for turn in turns:
-            turn()
+        turn(lambda count: door.log(count, "train", metrics))
         time.sleep(10)  # until all have come up
-        usual, often, theirs, bare = in_turn(10 if quick else 400, *turns)
+        usual = added(door, step, lambda count: door.log(count, "train", metrics), every=10, turns=2 if quick else 12, steps=steps)
+        often = added(door, step, lambda count: door.log(count, "train", metrics), every=1, turns=2 if quick else 4, steps=steps)
+        theirs, ours, bare = in_turn(2 if quick else 30, lambda: turn(lambda count: libraries(count, metrics)),
+                                     lambda: turn(lambda count: door.log(count, "train", metrics)), lambda: turn(lambda count: None))
         failed = dict(door.errors)
     torch.set_num_threads(threads)
     if failed:
         raise RuntimeError(f"the figure is worth nothing: {failed}")
-    return [Figure("a watched step", "ms", "all sinks, every 10th step", usual, "the bare step", bare, target=1.01),
-            Figure("a watched step", "ms", "all sinks, every step", often, "the bare step", bare),
-            Figure("a watched step", "ms", "all sinks, every 10th step", usual, "the libraries, called", theirs)]
+    return [Figure("sinks add", "% of a step", "all sinks, every 10th step", usual, "what they may take", [1.0] * len(usual), target=1.0),
+            Figure("sinks add", "% of a step", "all sinks, every step", often, "what they may take", [1.0] * len(often)),
+            Figure("a watched step", "ms", "all sinks, every 10th step", ours, "the bare step", bare),
+            Figure("a watched step", "ms", "all sinks, every 10th step", ours, "the libraries, called", theirs)]
+
+
+def added(door: Sinks, step: Callable[[], None], log: Callable[[int], Any], every: int, turns: int, steps: int) -> list[float]:
+    """What the sinks add to a step, in percent of ten milliseconds, in each of `turns` turns.
+
+    A machine's speed varies by more than that from one second to the next, and the sinks' processes work half a second after they were
+    told to. So it is put together: the time in `log`, and by least squares how much longer a step takes per second of work that the
+    processes and the threads of sinks do beside it, and after a `log`, which leaves cold caches."""
+    processes = [psutil.Process(sink.process.pid) for sink in door.sinks.values() if isinstance(sink, SinkProcess)]
+    clocks = [~process.pid << 3 | 2 for one in processes for process in (one, *one.children(recursive=True))]  # Linux: of all its threads
+
+    def spent() -> tuple[float, float]:
+        return sum(map(time.clock_gettime, clocks)), time.process_time() - time.thread_time()
+
+    def measured(count: int) -> tuple[float, ...]:
+        logs, before = count % every == 0, spent()
+        took = timed(lambda: log(count)) if logs else 0.0
+        return took, timed(step), logs, *(now - then for now, then in zip(spent(), before, strict=True))
+
+    found = []
+    for number in range(turns):
+        took, stepped, *causes = np.array([measured(number * steps + index) for index in range(steps)]).T
+        longer = stepped - np.array([np.median(stepped[max(0, at - 20):at + 21]) for at in range(steps)])  # than the steps around it
+        causes = [cause for cause in causes if cause.min() < cause.max()]
+        weights = np.linalg.lstsq(np.stack([np.ones(steps), *causes], 1), longer, rcond=None)[0][1:]
+        found.append(float(100 * (took.mean() + sum(weight * cause.mean() for weight, cause in zip(weights, causes, strict=True))) / 0.01))
+    return found
 
 
 @contextmanager

@@ -35,11 +35,16 @@ class Clock:
         self.last = time.monotonic()
 
 
-class Slowly:
-    """A run as long as libraries and stores need to come up."""
+class UntilBroken:
+    """The second epoch begins when the sink has been called, however long it takes to come up."""
+
+    def __init__(self, marks, count):
+        self.marks, self.count = marks, count
 
     def on_epoch_start(self, epoch, state):
-        time.sleep(6 if state.global_step == 0 else 0)
+        deadline = time.monotonic() + 90 * (state.global_step > 0)
+        while self.marks.stat().st_size < self.count and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def unwatched(tmp_path_factory):
 
 
 class Waits:
-    """Until MLflow has the run, however slow the machine is."""
+    """Training begins when MLflow has the run, however slow the machine is."""
 
     def __init__(self, store):
         self.store = store
@@ -76,10 +81,11 @@ class Waits:
         before, deadline = self.runs(), time.monotonic() + 90
         while self.runs() == before and time.monotonic() < deadline:
             time.sleep(0.1)
+        time.sleep(3)  # it goes through the configuration
 
 
 def test_all_sinks(tmp_path, unwatched, store):
-    result = train(tmp_path, callbacks=[Waits(store), Slowly()], mlflow_dir=str(store), **ALL | {"system_metrics_interval": 1.0})
+    result = train(tmp_path, callbacks=[Waits(store)], mlflow_dir=str(store), **ALL | {"system_metrics_interval": 1.0})
     assert result["checkpoint_sha256_last"] == unwatched
     assert result["sink_errors"] == {}
     records = read_ndjson(tmp_path / ".codex" / "metrics.ndjson")[0]
@@ -118,6 +124,8 @@ def broken(self, *arguments):
     global count
     count += 1
     if count >= {at}:
+        with open({marks!r}, "a") as marks:
+            marks.write(".")
         {how}
     return call(self, *arguments)
 
@@ -128,11 +136,15 @@ FAIL, HANG = "raise ConnectionError('nobody answers')", "time.sleep(120)"
 
 @pytest.fixture
 def breaks(tmp_path, monkeypatch):
-    """`breaks(name, at, how)`: from its `at`-th call on, the sink does that. Those that have a process of their own do so there."""
+    """`breaks(name, at, how)`: from its `at`-th call on, the sink does that, and leaves a mark in the file returned.
+
+    Those that have a process of their own do so there."""
     def breaks(name, at, how):
         module, owner, package = SINKS[name]
         method = "append" if name == "ndjson" else "emit"
-        source = BREAKS.format(module=module, owner=owner, method=method, at=at, how=how)
+        marks = tmp_path / "marks"
+        marks.touch()
+        source = BREAKS.format(module=module, owner=owner, method=method, at=at, how=how, marks=str(marks))
         if package is None:
             cls = getattr(importlib.import_module(module), owner)
             monkeypatch.setattr(cls, method, getattr(cls, method))  # to be put back
@@ -141,6 +153,7 @@ def breaks(tmp_path, monkeypatch):
             (tmp_path / "path").mkdir()
             (tmp_path / "path" / "sitecustomize.py").write_text(source)
             monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+        return marks
 
     children = psutil.Process().children(recursive=True)
     yield breaks
@@ -152,11 +165,11 @@ def breaks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [1, 3, 20])
 @pytest.mark.parametrize("name", SINKS)
 def test_failing_at_a_call(name, at, tmp_path, unwatched, store, breaks, caplog):
-    breaks(name, at, FAIL)
+    marks = breaks(name, at, FAIL)
     only = {"tensorboard": {"tensorboard": True}, "wandb": {"wandb_enable": True}, "ndjson": {},
             "mlflow": {"mlflow_enable": True, "mlflow_dir": str(store)}, "alerts": {"monitoring_alerts": {"nan": True}}}[name]
     with caplog.at_level(logging.WARNING, "codex_ml"):
-        result = train(tmp_path / "run", callbacks=[Slowly()] if name == "mlflow" else [], **only)
+        result = train(tmp_path / "run", callbacks=[UntilBroken(marks, 2)], **only)
     assert result["checkpoint_sha256_last"] == unwatched and result["sink_errors"][name] > 1
     assert sum("nobody answers" in r.getMessage() for r in caplog.records) == 1
 
@@ -165,9 +178,9 @@ def test_failing_at_a_call(name, at, tmp_path, unwatched, store, breaks, caplog)
 @pytest.mark.parametrize("name", [name for name in SINKS if name != "ndjson"])
 def test_hanging_for_ever(name, at, tmp_path, unwatched, store, breaks, caplog):
     clock = Clock()
-    breaks(name, at, HANG)
+    marks = breaks(name, at, HANG)
     with caplog.at_level(logging.WARNING, "codex_ml"):
-        result = train(tmp_path / "run", callbacks=[clock, Slowly()], mlflow_dir=str(store), **ALL)
+        result = train(tmp_path / "run", callbacks=[clock, UntilBroken(marks, 1)], mlflow_dir=str(store), **ALL)
     took = time.monotonic() - clock.last
     assert result["checkpoint_sha256_last"] == unwatched and result["status"] == "completed"
     told = "was given up" if name == "alerts" else "was not done when the run ended"

@@ -10,13 +10,14 @@ import fcntl
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -108,6 +109,7 @@ def wait_for(threads: Iterable[SinkThread], patience: float, most: float = 60.0)
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from codex_ml.telemetry.background import serve; serve()"
 _LAST = 60.0  # seconds that a process has after the end of its run
 _PIPE = 1 << 20  # bytes, the most that Linux allows everyone: some thousand records, while the process starts
+_PAUSE = 0.5  # seconds that a record waits for others
 _MARK = b"\x1e"  # begins what the process itself says; everything else was printed by a library
 _pipes: set[int] = set()  # that a forked child must let go of, or the process would take the run for alive
 
@@ -134,7 +136,7 @@ class SinkProcess:
     def __init__(self, name: str, config: TrainConfig, folder: Path | None, run_id: str, failed: Callable[[str, str], Any]):
         self.name, self.failed = name, failed
         self._lines: deque[bytes] = deque()  # what the pipe has no room for
-        self._lock, self._sending = threading.RLock(), False  # a signal handler may log while the code that it interrupts does
+        self._lock, self._sending, self._closing = threading.RLock(), False, False  # a signal handler may log while the code that it interrupts does
         self._ended, self._heard, self._waiting = False, 0.0, 0  # as the process says; 0: it has not spoken yet
         barred = [module for module, there in sys.modules.items() if there is None]  # what must not be imported here
         start = encode({"name": name, "folder": folder and str(folder), "run_id": run_id, "barred": barred, "config": flatten(config)})
@@ -167,7 +169,8 @@ class SinkProcess:
         self._send(b"flush\n")
 
     def close(self) -> None:
-        self._send(b"close\n")
+        self._closing = True
+        self._send()
 
     def _send(self, lines: bytes = b"") -> None:
         with self._lock:
@@ -189,9 +192,18 @@ class SinkProcess:
                 return
             finally:
                 self._sending = False
+            if self._closing:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        assert self.process.stdin is not None
+        with self._lock:
+            _pipes.discard(self._pipe)
+            self._pipe = -1
+            self.process.stdin.close()
 
     def _listen(self) -> None:
-        assert self.process.stdout is not None and self.process.stdin is not None
+        assert self.process.stdout is not None
         with self.process.stdout as said:
             for line in said:
                 if line.startswith(_MARK):
@@ -201,10 +213,7 @@ class SinkProcess:
                 if self._ended:
                     break  # a process that a library started may hold the pipe
         code = self.process.wait()
-        with self._lock:
-            _pipes.discard(self._pipe)
-            self._pipe = -1
-            self.process.stdin.close()
+        self._hang_up()
         if not self._ended:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self.failed("has lost its process", f"ConnectionError: it ended before its time ({how})")
@@ -241,7 +250,7 @@ def serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # what wakes up for a record does not push the run off its core
-    records, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)  # for this process alone, not for those that a library starts
+    records, replies = os.dup(0), os.dup(1)  # for this process alone, not for those that a library starts
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     lock = threading.Lock()
@@ -250,7 +259,8 @@ def serve() -> None:
         with lock, suppress(OSError):  # a run that is gone hears nothing
             os.write(replies, b"\n" + _MARK + json.dumps(said).encode() + b"\n")
 
-    if not (line := records.readline()):
+    lines = _lines(records)
+    if not (line := next(lines, b"")):
         return
     start = json.loads(line)
     tell(waiting=0)
@@ -258,11 +268,9 @@ def serve() -> None:
     log.handlers, log.propagate = [_Teller(tell)], False
     thread = SinkThread(lambda: _open(start), lambda what, why: tell(failed=what, why=why), start["name"])
     thread.most = 1_000_000  # lines: some 300 MB, which are not the run's
-    for line in iter(records.readline, b"close\n"):
-        if not line:
-            break  # the run is gone
+    for line in lines:
         try:
-            thread.flush() if line == b"flush\n" else thread.emit(line)
+            thread.flush() if line == b"flush" else thread.emit(line)
         except OverflowError as error:
             tell(failed="failed", why=f"{reason(error)}. {_elsewhere(start['name'])}")
     thread.close()
@@ -276,6 +284,16 @@ def serve() -> None:
         tell(failed="was given up", why=f"{thread.why}. {_elsewhere(start['name'])}", ended=True)
         os._exit(1)
     tell(ended=True)
+
+
+def _lines(pipe: int) -> Iterator[bytes]:
+    "The lines that are there; then, half a second later or when the other end is closed, those that are there then."
+    rest, closed = b"", select.poll()
+    closed.register(pipe, 0)
+    while read := os.read(pipe, _PIPE):
+        *lines, rest = (rest + read).split(b"\n")
+        yield from lines
+        closed.poll(1000 * _PAUSE)
 
 
 class _Teller(logging.Handler):

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.measure import Figure, in_turn, timed
 from codex_ml.config import TrainConfig
-from codex_ml.telemetry.background import SinkProcess
 from codex_ml.telemetry.mlflow import open_store, store_uri
 from codex_ml.telemetry.record import encode, snapshot_record
+from codex_ml.telemetry.sink_process import SinkProcess
 from codex_ml.telemetry.sinks import Sinks, open_sinks
 from codex_ml.telemetry.system import SystemSampler
 

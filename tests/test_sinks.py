@@ -13,8 +13,8 @@ import torch
 from codex_ml import registry
 from codex_ml.config import MonitoringConfig, TrainConfig
 from codex_ml.telemetry import ndjson
-from codex_ml.telemetry.background import SinkThread
 from codex_ml.telemetry.ndjson import read_ndjson
+from codex_ml.telemetry.sink_thread import SinkThread
 from codex_ml.telemetry.sinks import Sinks, open_sinks
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from codex_ml import registry
 from codex_ml.config import TrainConfig
-from codex_ml.telemetry.background import SinkProcess, SinkThread
 from codex_ml.telemetry.record import scalar_record
+from codex_ml.telemetry.sink_process import SinkProcess
+from codex_ml.telemetry.sink_thread import SinkThread
 from codex_ml.telemetry.sinks import open_sinks
 from codex_ml.telemetry.tensorboard import read_scalars
 

@@ -28,7 +28,7 @@ def work() -> None:
 
 def sinks(folder: Path, quick: bool) -> list[Figure]:
     """What all local sinks add to a step of ten milliseconds on one core, where four metrics are logged at every tenth step, as is usual,
-    or at each; and such steps beside the bare step and beside the same libraries called from the loop."""
+    or at every second; and such steps beside the bare step and beside the same libraries called from the loop."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     repeats = max(1, round(0.01 / min(timed(work) for _ in range(20))))
@@ -58,7 +58,7 @@ def sinks(folder: Path, quick: bool) -> list[Figure]:
         turn(lambda count: door.log(count, "train", metrics))
         time.sleep(10)  # until all have come up
         usual = added(door, step, lambda count: door.log(count, "train", metrics), every=10, turns=2 if quick else 12, steps=steps)
-        often = added(door, step, lambda count: door.log(count, "train", metrics), every=1, turns=2 if quick else 4, steps=steps)
+        often = added(door, step, lambda count: door.log(count, "train", metrics), every=2, turns=2 if quick else 4, steps=steps)
         theirs, ours, bare = in_turn(2 if quick else 30, lambda: turn(lambda count: libraries(count, metrics)),
                                      lambda: turn(lambda count: door.log(count, "train", metrics)), lambda: turn(lambda count: None))
         failed = dict(door.errors)
@@ -66,7 +66,7 @@ def sinks(folder: Path, quick: bool) -> list[Figure]:
     if failed:
         raise RuntimeError(f"the figure is worth nothing: {failed}")
     return [Figure("sinks add", "% of a step", "all sinks, every 10th step", usual, "what they may take", [1.0] * len(usual), target=1.0),
-            Figure("sinks add", "% of a step", "all sinks, every step", often, "what they may take", [1.0] * len(often)),
+            Figure("sinks add", "% of a step", "all sinks, every 2nd step", often, "what they may take", [1.0] * len(often)),
             Figure("a watched step", "ms", "all sinks, every 10th step", ours, "the bare step", bare),
             Figure("a watched step", "ms", "all sinks, every 10th step", ours, "the libraries, called", theirs)]
 
@@ -76,7 +76,9 @@ def added(door: Sinks, step: Callable[[], None], log: Callable[[int], Any], ever
 
     A machine's speed varies by more than that from one second to the next, and the sinks' processes work half a second after they were
     told to. So it is put together: the time in `log`, and by least squares how much longer a step takes per second of work that the
-    processes and the threads of sinks do beside it, and after a `log`, which leaves cold caches."""
+    processes and the threads of sinks do beside it, and after a `log`, which leaves cold caches.
+    What sinks do for a second at a stretch is taken for the machine's speed; MLflow's batch, the
+    longest, takes a quarter of that."""
     processes = [psutil.Process(sink.process.pid) for sink in door.sinks.values() if isinstance(sink, SinkProcess)]
     clocks = [~process.pid << 3 | 2 for one in processes for process in (one, *one.children(recursive=True))]  # Linux: of all its threads
 
@@ -91,7 +93,7 @@ def added(door: Sinks, step: Callable[[], None], log: Callable[[int], Any], ever
     found = []
     for number in range(turns):
         took, stepped, *causes = np.array([measured(number * steps + index) for index in range(steps)]).T
-        longer = stepped - np.array([np.median(stepped[max(0, at - 20):at + 21]) for at in range(steps)])  # than the steps around it
+        longer = stepped - np.array([np.median(stepped[max(0, at - 100):at + 101]) for at in range(steps)])  # than those around it
         causes = [cause for cause in causes if cause.min() < cause.max()]
         weights = np.linalg.lstsq(np.stack([np.ones(steps), *causes], 1), longer, rcond=None)[0][1:]
         found.append(float(100 * (took.mean() + sum(weight * cause.mean() for weight, cause in zip(weights, causes, strict=True))) / 0.01))

@@ -49,7 +49,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _elsewhere(name: str) -> str:
-    return f"The file of metrics has all that was logged: codex-ml export RUN --to {name} puts it there"
+    return f"What the file of metrics has, codex-ml export RUN --to {name} puts there"
 
 
 class SinkProcess:
@@ -136,14 +136,16 @@ class SinkProcess:
                 if line.startswith(_MARK):
                     self._hear(json.loads(line[len(_MARK):]))
                 elif line != b"\n":
-                    sys.stderr.write(redact(line.decode(errors="replace")))
+                    with suppress(Exception):  # the run's own output may be closed
+                        sys.stderr.write(redact(line.decode(errors="replace")))
                 if self._ended:
                     break  # a process that a library started may hold the pipe
         code = self.process.wait()
         self._hang_up()
         if not self._ended:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.failed("has lost its process", f"ConnectionError: it ended before its time ({how})")
+            self.failed("has lost its process", f"ConnectionError: it ended before its time ({how}). "
+                        f"{_elsewhere(self.name)}")
 
     def _hear(self, said: dict[str, Any]) -> None:
         self._heard, self._waiting = time.monotonic(), said.get("waiting", self._waiting)
@@ -152,23 +154,28 @@ class SinkProcess:
         elif "log" in said:
             log.log(said["level"], "%s", said["log"])
         self._ended = "ended" in said
+        with suppress(OSError):  # it has made room in the pipe
+            self._send()
 
     def wait(self, until: float) -> None:
         """Wait for the end of the process, which was told to end, at most `until` (`time.monotonic`). What it has not done by then it does
-        alone, for it has all that was logged: `failed` hears of it. One that says nothing any more is killed."""
+        alone: `failed` hears of it, and of what did not get there. One that says nothing any more is killed."""
         while (now := time.monotonic()) < until and self.thread.is_alive():
             with suppress(OSError):  # the pipe of one that has ended
                 self._send()
             self.thread.join(0.02)
         if not self.thread.is_alive() or self._ended:
             return
-        if self._lines or (self._heard and now > self._heard + 2.5):
+        if self._heard and now > self._heard + 2.5:
             self._ended = True
             self.process.kill()
             self.failed("was given up", f"TimeoutError: its process says nothing, and is killed. {_elsewhere(self.name)}")
-        else:
-            self.failed("was not done when the run ended", f"TimeoutError: {self._waiting:,} calls wait. Its process ({self.process.pid}) "
-                        f"goes on with them, for a minute at most. {_elsewhere(self.name)}")
+            return
+        why = f"{self._waiting:,} calls wait" if self._waiting else "its last call is not done" if self._heard else "it is still starting"
+        short = f", and {len(self._lines):,} lots of records did not get there" if self._lines else ""
+        self.failed("was not done when the run ended", f"TimeoutError: {why}{short}. Its process ({self.process.pid}) goes on, for a "
+                    f"minute at most. {_elsewhere(self.name)}")
+        self._hang_up()
 
 # %% ../../nbs/48_sink_process.ipynb #1f8f84f5
 def serve() -> None:
@@ -186,7 +193,8 @@ def serve() -> None:
         with lock, suppress(OSError):  # a run that is gone hears nothing
             os.write(replies, b"\n" + _MARK + json.dumps(said).encode() + b"\n")
 
-    lines = _lines(records)
+    lines = _lines(records, lambda: tell(waiting=thread.calls.qsize() if thread else 0))
+    thread = None
     if not (line := next(lines, b"")):
         return
     start = json.loads(line)
@@ -213,14 +221,20 @@ def serve() -> None:
     tell(ended=True)
 
 
-def _lines(pipe: int) -> Iterator[bytes]:
-    "The lines that are there; then, half a second later or when the other end is closed, those that are there then."
-    rest, closed = b"", select.poll()
+def _lines(pipe: int, much: Callable[[], Any]) -> Iterator[bytes]:
+    """The lines that are there; then, half a second later or when the other end is closed, those that are there then. Where many came,
+    the pipe may have been full: there is no pause then, and `much` is called."""
+    rest, closed, room = b"", select.poll(), 4096
     closed.register(pipe, 0)
+    with suppress(OSError, AttributeError):
+        room = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)  # a user who has many pipes gets small ones
     while read := os.read(pipe, _PIPE):
         *lines, rest = (rest + read).split(b"\n")
         yield from lines
-        closed.poll(1000 * _PAUSE)
+        if len(read) < room // 4:  # a full one holds half of it at least: pages are shared by small writes only
+            closed.poll(1000 * _PAUSE)
+        else:
+            much()
 
 
 class _Teller(logging.Handler):

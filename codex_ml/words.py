@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .durable import Content, shown, write_atomic
+from .durable import Content, StorageError, shown, write_atomic
 from .registry import nearest
 from .secrets import print_redacted, redact
 
@@ -101,7 +101,10 @@ def deliver(dest: str | os.PathLike, content: Content) -> None:
     "Write `content` (text, bytes, or a function that writes into an open file) where `dest` leads. `OSError` where it cannot be written."
     try:
         file = stat.S_ISREG(os.stat(dest).st_mode) or os.path.isdir(dest)  # a folder is refused as one
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not (folder := Path(os.path.realpath(dest)).parent).is_dir():
+            message = f"cannot write {shown(dest)}: there is no folder {shown(folder)}. Make it first, or choose another place"
+            raise StorageError(errno.ENOENT, message) from error
         file = True
     if file:
         write_atomic(os.path.realpath(dest), content)

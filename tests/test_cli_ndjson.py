@@ -394,3 +394,22 @@ def test_a_form_that_contradicts_its_ending_is_2_and_writes_nothing(words, said,
     a = write(tmp_path / "a.ndjson", scalar(1))
     code, out, err = call("summarize", "--input", a, *[word.format(tmp_path) for word in words])
     assert (code, out, err) == (2, "", f"codex-ndjson: {tmp_path}/{said}\n") and [*tmp_path.iterdir()] == [a]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_summarize_takes_what_is_piped_into_it(name, tmp_path):
+    pytest.importorskip("polars")
+    train, judged = (write(tmp_path / part / "m.ndjson", *(scalar(step, split=part) for step in range(1, count)))
+                     for part, count in (("train", 6), ("eval", 4)))
+    piped = subprocess.run(f"cat {train} {judged} | {' '.join(COMMAND)} summarize --input {name} --output csv", shell=True,
+                           capture_output=True, text=True, timeout=60)
+    named = subprocess.run([*COMMAND, "summarize", "--input", train, judged, "--output", "csv"], capture_output=True, text=True, timeout=60)
+    assert piped.returncode == 0 and piped.stdout == named.stdout and len(piped.stdout.splitlines()) == 3, piped.stderr
+
+
+def test_a_place_in_a_folder_that_is_not_there(path, tmp_path, call):
+    pytest.importorskip("polars")
+    write(path, scalar(1))
+    code, _, err = call("summarize", "--input", path, "--dest", tmp_path / "no" / "scores.csv")
+    assert code == 5 and f"there is no folder {tmp_path / 'no'}. Make it first, or choose another place" in err
+    assert not (tmp_path / "no").exists()

@@ -4,16 +4,19 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from codex_ml.run_folder import take_turn
 from codex_ml.telemetry import export as room
-from codex_ml.telemetry.export import ExportError, Report, Settled, compare, export_run
+from codex_ml.telemetry.export import ExportError, Report, compare, export_run
 from codex_ml.telemetry.ndjson import NdjsonWriter
 from codex_ml.telemetry.record import event_record, scalar_record, snapshot_record, structured_records
-from codex_ml.telemetry.runs import NoRun
+from codex_ml.telemetry.runs import NoRun, open_run
+from codex_ml.telemetry.settled import Settled
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "csv": "csv", "parquet": "polars"}
 ODD = [math.nan, math.inf, -math.inf, 0.1 + 0.2, 1e-320, 1.7976931348623157e308, -0.0, 1 / 3]
@@ -207,3 +210,42 @@ def test_an_export_of_a_run_that_goes_on_is_refused_and_does_not_hang(tmp_path, 
     with take_turn(run, "mlflow"), pytest.raises(ExportError, match="another process still writes"):
         export_run(run, "mlflow", tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_wandb_that_is_told_to_do_nothing_is_refused(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(ExportError, match="WANDB_MODE=disabled writes nothing"):
+        export_run(run, "wandb", tmp_path)
+
+
+def test_what_a_run_writes_meanwhile_is_not_part_of_an_export(tmp_path, monkeypatch):
+    "Neither of what is written, nor counted, nor compared."
+    write(tmp_path, a_run())
+    write_csv = room._write_csv
+
+    def slowly(rows, file):
+        write(tmp_path, [scalar_record("0f3a" * 8, step, "train", "loss", 1.0) for step in range(51, 60)])
+        write_csv(rows, file)
+
+    monkeypatch.setitem(room.TARGETS, "csv", replace(room.TARGETS["csv"], write=partial(room._to_file, slowly)))
+    report = export_run(tmp_path, "csv", check=True)
+    assert report.written == report.checked == WRITTEN and report.exit_code == 0
+
+
+def test_of_runs_that_share_a_file_each_folder_shows_its_own(tmp_path):
+    shared = tmp_path / "m.ndjson"
+    for name, run_id in (("a", "0a" * 16), ("b", "0b" * 16)):
+        (tmp_path / name).mkdir()
+        recorded = {"run_id": run_id, "values": {"metrics_out": {"value": str(shared)}}}
+        (tmp_path / name / "config.resolved.json").write_text(json.dumps(recorded))
+        writer = NdjsonWriter(shared)
+        writer.emit(event_record(run_id, 0, "run_start"))
+        for step in range(1, 4):
+            writer.emit(scalar_record(run_id, step, "train", "loss", step + (name == "b")))
+        writer.close()
+    for name, run_id in (("a", "0a" * 16), ("b", "0b" * 16)):
+        view = open_run(tmp_path / name)
+        assert view.run_id == run_id and view.series["train", "loss", None].values[-1] == 3 + (name == "b")
+        assert export_run(tmp_path / name, "csv", check=True).run_id == run_id
+    assert open_run(shared).run_id == "0b" * 16  # of a file, the one that began last

@@ -13,10 +13,11 @@ from codex_ml.cli.main import main as codex_ml
 from codex_ml.cli.ndjson import main as codex_ndjson
 from codex_ml.first_difference import first_difference
 from codex_ml.replay import replay
-from codex_ml.telemetry.export import ExportError, Settled, export_run
+from codex_ml.telemetry.export import ExportError, export_run
 from codex_ml.telemetry.ndjson import NdjsonReader, read_ndjson
 from codex_ml.telemetry.record import encode, event_record, scalar_record
 from codex_ml.telemetry.runs import open_run
+from codex_ml.telemetry.settled import Settled
 from codex_ml.telemetry.skipped import Skipped
 from codex_ml.train_loop import run_training
 

@@ -278,3 +278,15 @@ def test_a_full_disk_raises_and_the_file_stays_readable(tmp_path):
     writer.add_scalar("train/loss", 101, 101)
     writer.close()
     assert [step for step, _ in read_scalars(tmp_path)["train/loss"]] == list(range(102))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
+def test_a_histogram_of_a_parameter_as_it_is(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    values = torch.arange(6.0).reshape(2, 3).to(getattr(torch, dtype))
+    with TBWriter(True, tmp_path) as writer:
+        writer.add_histogram("w", torch.nn.Parameter(values, requires_grad=values.is_floating_point()), 1)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [event] = EventAccumulator(str(tmp_path)).Reload().Histograms("w")
+    assert (event.histogram_value.num, event.histogram_value.sum, event.histogram_value.max) == (6, 15, 5)

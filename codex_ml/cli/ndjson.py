@@ -11,7 +11,9 @@ import gzip
 import heapq
 import io
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -88,7 +90,8 @@ def _streams(places: list[Path]) -> list[Path]:
     for place in places:
         streams = find_streams(place)
         if not streams or not any(stream_files(stream) for stream in streams):
-            raise ValueError(f"{place}: there is no stream of records" + (" under it (*.ndjson)" if place.is_dir() else ""))
+            raise ValueError(f"{place}: there is no stream of records" + (" under it (*.ndjson)" if place.is_dir() else "")
+                             + ". Give the folder of a run, or such a file")
         found.update(dict.fromkeys(streams))
     return list(found)
 
@@ -236,7 +239,8 @@ def parser() -> argparse.ArgumentParser:
 
     table = add("summarize", "one row for each run, split, metric and dataset: count, first, last, min, max, mean; exit 6 where lines "
                 "could not be read")
-    table.add_argument("--input", dest="inputs", nargs="+", action="extend", type=Path, required=True, metavar="DIR|FILE")
+    table.add_argument("--input", dest="inputs", nargs="+", action="extend", type=Path, required=True, metavar="DIR|FILE",
+                       help="the folder of runs or of a run, or a stream; - is the standard input")
     table.add_argument("--output", choices=["csv", "parquet", "json", "table"], help="else what the ending of --dest says, else table")
     table.add_argument("--dest", type=Path, metavar="PATH", help="the file to write; else it is printed")
     return top
@@ -283,7 +287,17 @@ def _do(given: argparse.Namespace) -> int:
         return _merge(given.places, given.out)
     from codex_ml.telemetry.summary import summarize_to
 
-    return 6 if summarize_to(given.inputs, given.output, given.dest) else 0
+    with tempfile.TemporaryDirectory() as place:
+        return 6 if summarize_to(_with_stdin(given.inputs, Path(place)), given.output, given.dest) else 0
+
+
+def _with_stdin(inputs: list[Path], place: Path) -> list[Path]:
+    "`-` is what comes in on the standard input. It is kept in a file, since a stream is read in pieces, from several places."
+    if not (piped := {Path("-"), Path("/dev/stdin")} & {*inputs}):
+        return inputs
+    with (place/"stdin.ndjson").open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return [*(name for name in inputs if name not in piped), place/"stdin.ndjson"]
 
 
 def _failed(error: object, code: int) -> int:

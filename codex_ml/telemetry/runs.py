@@ -18,7 +18,9 @@ from typing import Any
 from ..strict_json import parse_json
 from .history import History, Key
 from .record import decode
-from .recorded import CHECKPOINT_NAME, LockProbe, SavedCheckpoint, flat, flat_config, read_or_nothing, saved_checkpoints
+from codex_ml.telemetry.recorded import (
+    CHECKPOINT_NAME, LockProbe, SavedCheckpoint, flat, flat_config, own_run_id, read_or_nothing, saved_checkpoints,
+)
 from .segments import Line, Lines, open_part, stream_files
 from .series import Series
 from .skipped import Skipped, reason
@@ -79,7 +81,7 @@ class RunView:
         self.caught_up = True
         self.trouble = ""
         self.status, self.held = "unfinished", None
-        self._asked, self._seen = run_id, set()
+        self._asked, self._seen, self._is_folder = run_id, set(), Path(path).is_dir()
         self._reader = Lines(self.metrics_path) if self.metrics_path else None
         self._lock, self._listed = LockProbe(self.folder), None
 
@@ -163,8 +165,12 @@ class RunView:
             self.skipped(f"{line}: {reason(error)}")
 
     def _turn_to(self, run_id: str) -> bool:
-        "Whether records of this run count: of one that has not been seen before, unless another was asked for."
+        "Whether records of this run count: of one that has not been seen before, unless another was asked for, or has this folder."
         if run_id in self._seen or (self._asked and run_id != self._asked):
+            return False
+        own = own_run_id(self.folder) if self._asked is None and self._is_folder else None
+        if own not in (None, run_id):  # one file may take the metrics of several runs
+            self._seen.add(run_id)
             return False
         if self.history.run_id is not None and self._asked is None:
             self._seen.add(self.history.run_id)

@@ -74,7 +74,7 @@ class TBWriter:
 
     def add_histogram(self, tag: str, data: Any, step: int, wall_time: float | None = None) -> None:
         """A distribution: a mapping with `edges` (n + 1 floats), `counts` (n), `min`, `max`, `num`, `sum`, `sum_squares`, or the values
-        themselves (an array, a CPU tensor). One without values is left out."""
+        themselves (an array, a tensor). One without values is left out."""
         data = data if isinstance(data, Mapping) else _histogram(data)
         if not data["num"]:
             return
@@ -116,6 +116,8 @@ class TBWriter:
 
 
 def _histogram(values: Any) -> dict[str, Any]:
+    if hasattr(values, "detach"):  # a parameter, in whatever precision, wherever it is
+        values = values.detach().double().cpu()
     values = np.asarray(values, dtype=np.float64).ravel()
     values = values[np.isfinite(values)]
     if not values.size:

@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import re
 import stat
 import threading
 import time
@@ -14,7 +15,7 @@ from codex_ml import registry
 from codex_ml.config import MonitoringConfig, TrainConfig
 from codex_ml.telemetry import ndjson
 from codex_ml.telemetry.ndjson import read_ndjson
-from codex_ml.telemetry.sink_thread import SinkThread
+from codex_ml.telemetry.sink_thread import SinkThread, wait_for
 from codex_ml.telemetry.sinks import Sinks, open_sinks
 
 
@@ -243,3 +244,20 @@ def test_nothing_draws_a_random_number(tmp_path):
         sinks.flush()
     assert random.getstate() == before[0] and np.random.get_state()[1].tobytes() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_a_slow_sink_is_told_of_while_it_is_waited_for(caplog):
+    class Slow:
+        def emit(self, record):
+            time.sleep(0.05)
+
+        def close(self):
+            pass
+
+    thread = SinkThread(Slow, lambda what, why: None, "slow")
+    for step in range(80):
+        thread.emit(step)
+    thread.close()
+    assert wait_for([thread], patience=2.0) == []
+    [told] = [r.getMessage() for r in caplog.records]
+    assert re.fullmatch(r"the run is done, but for the sink 'slow', for which \d+ calls wait: as long as it goes on, it has a minute", told)

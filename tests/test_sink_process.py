@@ -242,7 +242,10 @@ def test_a_run_without_an_output_loses_nothing(start, tmp_path, failures, monkey
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     monkeypatch.setattr(sys, "stderr", None)
     sink = start()
-    for step in range(200):
+    sink.emit(record(0))
+    until(lambda: list(tmp_path.glob("tensorboard/events*")))
+    time.sleep(0.5)  # what was printed has come
+    for step in range(1, 200):
         sink.emit(record(step))
     finish(sink)
     assert steps(tmp_path) == [*range(200)] and failures == []

@@ -53,14 +53,17 @@ def sinks(folder: Path, quick: bool) -> list[Figure]:
         some(6)  # what the sinks' processes do now was logged in the turn before
         return timed(lambda: some(10)) / 100
 
+    def log(count: int) -> None:
+        door.log(count, "train", metrics)
+
     with open_sinks(config, folder, "0" * 32) as door, by_hand(folder / "by-hand", config.mlflow_dir) as libraries:
         door.event("run_start", config={}, environment={}, global_step=0, epochs=1)
-        turn(lambda count: door.log(count, "train", metrics))
+        turn(log)
         time.sleep(10)  # until all have come up
-        usual = added(door, step, lambda count: door.log(count, "train", metrics), every=10, turns=2 if quick else 12, steps=steps)
-        often = added(door, step, lambda count: door.log(count, "train", metrics), every=2, turns=2 if quick else 4, steps=steps)
+        usual = added(door, step, log, every=10, turns=2 if quick else 12, steps=steps)
+        often = added(door, step, log, every=2, turns=2 if quick else 4, steps=steps)
         theirs, ours, bare = in_turn(2 if quick else 30, lambda: turn(lambda count: libraries(count, metrics)),
-                                     lambda: turn(lambda count: door.log(count, "train", metrics)), lambda: turn(lambda count: None))
+                                     lambda: turn(log), lambda: turn(lambda count: None))
         failed = dict(door.errors)
     torch.set_num_threads(threads)
     if failed:
@@ -77,8 +80,8 @@ def added(door: Sinks, step: Callable[[], None], log: Callable[[int], Any], ever
     A machine's speed varies by more than that from one second to the next, and the sinks' processes work half a second after they were
     told to. So it is put together: the time in `log`, and by least squares how much longer a step takes per second of work that the
     processes and the threads of sinks do beside it, and after a `log`, which leaves cold caches.
-    What sinks do for a second at a stretch is taken for the machine's speed; MLflow's batch, the
-    longest, takes a quarter of that."""
+    What sinks do for a second at a stretch is taken for the machine's speed; the longest, MLflow's batch, takes
+    a quarter of that."""
     processes = [psutil.Process(sink.process.pid) for sink in door.sinks.values() if isinstance(sink, SinkProcess)]
     clocks = [~process.pid << 3 | 2 for one in processes for process in (one, *one.children(recursive=True))]  # Linux: of all its threads
 

@@ -99,7 +99,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'codex_ml.cli.ndjson._timed': ('cli_ndjson.html#_timed', 'codex_ml/cli/ndjson.py'),
                                      'codex_ml.cli.ndjson._unlike': ('cli_ndjson.html#_unlike', 'codex_ml/cli/ndjson.py'),
                                      'codex_ml.cli.ndjson._value': ('cli_ndjson.html#_value', 'codex_ml/cli/ndjson.py'),
-                                     'codex_ml.cli.ndjson._with_stdin': ('cli_ndjson.html#_with_stdin', 'codex_ml/cli/ndjson.py'),
                                      'codex_ml.cli.ndjson.check': ('cli_ndjson.html#check', 'codex_ml/cli/ndjson.py'),
                                      'codex_ml.cli.ndjson.main': ('cli_ndjson.html#main', 'codex_ml/cli/ndjson.py'),
                                      'codex_ml.cli.ndjson.merge': ('cli_ndjson.html#merge', 'codex_ml/cli/ndjson.py'),

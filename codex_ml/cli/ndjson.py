@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,17 +288,14 @@ def _do(given: argparse.Namespace) -> int:
         return _merge(given.places, given.out)
     from codex_ml.telemetry.summary import summarize_to
 
-    with tempfile.TemporaryDirectory() as place:
-        return 6 if summarize_to(_with_stdin(given.inputs, Path(place)), given.output, given.dest) else 0
-
-
-def _with_stdin(inputs: list[Path], place: Path) -> list[Path]:
-    "`-` is what comes in on the standard input. It is kept in a file, since a stream is read in pieces, from several places."
-    if not (piped := {Path("-"), Path("/dev/stdin")} & {*inputs}):
-        return inputs
-    with (place/"stdin.ndjson").open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return [*(name for name in inputs if name not in piped), place/"stdin.ndjson"]
+    piped, inputs = {Path("-"), Path("/dev/stdin")} & {*given.inputs}, given.inputs
+    with tempfile.TemporaryDirectory() if piped else nullcontext() as place:
+        if place:  # a stream is read in pieces, from several places: what is piped in is kept in a file meanwhile
+            kept = Path(place)/"stdin.ndjson"
+            with kept.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            inputs = [*(name for name in inputs if name not in piped), kept]
+        return 6 if summarize_to(inputs, given.output, given.dest) else 0
 
 
 def _failed(error: object, code: int) -> int:
